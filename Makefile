@@ -1,0 +1,44 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null)
+ifeq ($(UV),)
+UV := .venv/bootstrap/bin/uv
+endif
+RUN := .venv/bin
+OUT ?= build/bench.json
+ONLY ?=
+
+help:  ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/bootstrap/bin/uv:
+	$(PYTHON) -m venv .venv/bootstrap && .venv/bootstrap/bin/python -m pip install --quiet uv
+
+.venv/.ready: pyproject.toml requirements.lock
+	@command -v uv >/dev/null || $(MAKE) --no-print-directory .venv/bootstrap/bin/uv
+	test -x .venv/bin/python || $(UV) venv --allow-existing --python $(PYTHON) .venv
+	VIRTUAL_ENV=.venv $(UV) pip install --require-hashes --compile-bytecode -r requirements.lock
+	VIRTUAL_ENV=.venv $(UV) pip install --no-deps -e .
+	touch $@
+
+setup: .venv/.ready  ## make .venv with everything, from the lock file
+
+demo: setup  ## start the one-machine stack, pretrain, fine-tune, compare, download the weights
+	$(RUN)/tuneyard demo
+
+up: setup  ## start the one-machine stack
+	$(RUN)/tuneyard up
+
+check: setup  ## format, lint, types, import contracts
+	$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/pyright && $(RUN)/lint-imports --no-cache
+
+test: setup  ## every test but the long ones
+	$(RUN)/python -m pytest -n 2 --dist worksteal -m "not long"
+
+test-long: setup  ## the long tests
+	$(RUN)/python -m pytest -m long
+
+bench: setup  ## measure against the naive way (OUT=file, ONLY=name)
+	$(RUN)/python -m tests.benchmarks --out $(OUT) $(if $(ONLY),--only $(ONLY))
+
+.PHONY: help setup demo up check test test-long bench

@@ -1,0 +1,126 @@
+"""The recipe contract: what a file in `pretrain/`, `finetune/` or `apply/` declares, and what it is told."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+Kind = Literal["pretrain", "finetune", "apply"]
+
+
+class Params(BaseModel):
+    """The base of every recipe's parameters: an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What a recipe needs of the data and of the network; published, so that a job is refused before it is queued."""
+
+    labels: bool = False
+    unlabelled: bool = False  # rows without a label, beside labelled ones
+    min_samples: int = 1
+    min_batch: int = 1
+    min_classes: int = 0
+    architectures: tuple[str, ...] | None = None  # families: "convolutional", "mlp", "vit"; None is any
+    reason: str | None = None  # said when the architecture is refused
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. Frozen: a recipe reads it and never keeps time by itself."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+
+    @property
+    def fraction(self) -> float:
+        """The part of the run that is done, 0 to 1."""
+        return self.step / max(self.steps, 1)
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a recipe may know of its data and network before it builds anything."""
+
+    task: str
+    classes: tuple[str, ...]
+    samples: int  # training samples of this run
+    channels: int
+    image_size: int
+    feature_dimension: int  # of the backbone's output, [batch, feature_dimension]
+    architecture: Mapping[str, Any]  # its published facts
+    class_counts: tuple[int, ...] = ()  # kept training labels by class
+    recipe: Callable[[str], "Recipe"] = field(default=lambda name: _no_catalogue(name))
+
+
+def _no_catalogue(name: str) -> "Recipe":
+    raise LookupError(f"no catalogue was given to look up the recipe {name!r}")
+
+
+class Objective(Protocol):
+    """What `build` returns: an `nn.Module` whose forward gives a loss. Only the first three are required.
+
+    backbone
+        the part that is exported.
+    forward(batch, progress)
+        `{"loss": scalar tensor, …scalars to log}`.
+    couples_batch
+        whether the loss ties the samples of a batch together (contrastive, batch statistics), so that a batch is never
+        split behind the user's back.
+
+    Optional, looked up by name:
+
+    head                             exported with the backbone, as one network (fine-tuning)
+    parameter_groups(training)       -> [{"names" or "params", "lr_scale", "weight_decay_scale"}]
+    at_step(progress)                -> {"learning_rate": scale, "weight_decay": scale}
+    before_epoch(features_of, progress)   at an epoch's first step only; may return parameters whose optimiser state is
+                                     reset
+    after_backward(progress)
+    after_step(progress)
+    evaluate(batch)                  -> per-sample tensors: {"logits": [batch, classes]} or {"loss": [batch]}
+    """
+
+    backbone: nn.Module
+    couples_batch: bool
+
+    def __call__(self, batch: Batch, progress: Progress) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an `apply` recipe made: a JSON result, files below scratch by name, and metrics."""
+
+    result: dict[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)  # name -> media type
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+Build = Callable[[Any, nn.Module, Info], nn.Module]
+Inputs = Callable[[Any, Info], Callable[[Batch, torch.Generator], Batch]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train or to use a model. `defaults` is laid over the defaults of the job body, before the user's."""
+
+    name: str
+    kind: Kind
+    version: str
+    summary: str
+    tasks: Sequence[str]
+    Params: type[Params]
+    requires: Requires = Requires()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    build: Build | None = None
+    inputs: Inputs | None = None
+    apply: Callable[[Any], Result] | None = None
+    plan: Callable[..., list[dict[str, Any]]] | None = None
+    gather: Callable[..., dict[str, Any]] | None = None
