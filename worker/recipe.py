@@ -8,6 +8,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+# What a source gives: "image" uint8 [batch, channels, height, width], "label" int64 [batch] (-1 = no label), "index"
+# int64 [batch] (the sample's number). `inputs` may add, replace or drop keys. Every tensor whose key starts with
+# "image" is, when `inputs` is done with it, either uint8 or float in [0, 1]; the loop then normalises it per channel.
 Batch = dict[str, Tensor]
 Kind = Literal["pretrain", "finetune", "apply"]
 
@@ -85,7 +88,15 @@ class Objective(Protocol):
                                      reset
     after_backward(progress)
     after_step(progress)
-    evaluate(batch)                  -> per-sample tensors: {"logits": [batch, classes]} or {"loss": [batch]}
+    evaluate(batch)                  -> per-sample tensors: {"logits": [batch, classes]} and/or {"loss": [batch]}
+    ema_decay                        float or None: the loop keeps an average of all weights, and that is what is
+                                     validated and exported
+    frozen_prefix                    nn.Module or None: what comes first and never trains. The loop calls it once per
+                                     sample (and view), in eval mode, keeps the output in bf16, and hands over batches
+                                     with "prefix" [batch, …] in place of "image". None where `inputs` mixes samples
+    sample_weights(labels)           [samples] -> [samples] or None: how often each row is drawn, asked for at every
+                                     epoch's start; None is each row once per epoch
+    pictures(batch)                  -> {"name": [n, channels, height, width], normalised}: saved as name.png at the end
     """
 
     backbone: nn.Module
@@ -104,7 +115,8 @@ class Result:
 
 
 Build = Callable[[Any, nn.Module, Info], nn.Module]
-Inputs = Callable[[Any, Info], Callable[[Batch, torch.Generator], Batch]]
+# None: nothing to do to a batch, which lets a frozen prefix be computed once per sample.
+Inputs = Callable[[Any, Info], Callable[[Batch, torch.Generator], Batch] | None]
 
 
 @dataclass(frozen=True)
