@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Read once per process, from the environment only."""
 
-    model_config = SettingsConfigDict(env_prefix="TUNEYARD_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="TUNEYARD_", env_ignore_empty=True, frozen=True, extra="ignore")
 
     mode: Literal["local", "production"] = Field("local", description="`local` makes the first key itself.")
     home: Path = Field(Path("~/.tuneyard"), description="Everything this process writes lies under here.")
