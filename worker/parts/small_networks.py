@@ -1,0 +1,94 @@
+"""Small networks of our own for small images, written with plain torch layers so that a few lines rebuild them."""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+_WIDTHS = (64, 256, 256)
+
+
+def small_cnn(*, channels: int, image_size: int, width: float = 1.0, whitening: bool = False) -> nn.Sequential:
+    """Build a VGG-like network of 2M parameters: a 2x2 stem, three blocks, a maximum over what is left of the map.
+
+    After https://github.com/KellerJordan/cifar10-airbench (airbench94). Input `[batch, channels, size, size]` with
+    size >= 8, output `[batch, 256 * width]`. Larger images enter through larger, strided stem patches, so that the
+    first map stays near 32 x 32. `whitening` fixes the stem to the whitening filters of the data (`whiten`).
+    """
+    stride = max(1, image_size // 32)
+    patch = 2 * stride
+    filters = min(24, 2 * channels * patch**2) if whitening else 24
+    stem = nn.Conv2d(channels, filters, patch, stride=stride)
+    if whitening:
+        stem.weight.requires_grad_(False)
+    size = (image_size - patch) // stride + 1
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(stem, nn.GELU()))
+    before = filters
+    for number, base in enumerate(_WIDTHS, start=1):
+        after = max(8, round(base * width / 8) * 8)
+        layers[f"stage{number}"] = _block(before, after, rounds_up=size < 4)
+        size = -(-size // 2) if size < 4 else size // 2
+        before = after
+    # A maximum with a fixed window, because the adaptive one has no deterministic gradient on CUDA.
+    layers["pool"] = nn.MaxPool2d(size)
+    layers["flatten"] = nn.Flatten()
+    return nn.Sequential(layers)
+
+
+def _block(before: int, after: int, *, rounds_up: bool) -> nn.Sequential:
+    # Pooling comes before the normalisation and the second convolution: both then cost a quarter.
+    block = nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1, bias=False),
+        nn.MaxPool2d(2, ceil_mode=rounds_up),
+        nn.BatchNorm2d(after),
+        nn.GELU(),
+        nn.Conv2d(after, after, 3, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.GELU(),
+    )
+    for convolution in (block[0], block[4]):
+        # Start near the identity, as airbench does: signal and gradient pass the whole depth from the first step.
+        weight = convolution.weight
+        with torch.no_grad():
+            nn.init.dirac_(weight[: weight.size(1)])
+    return block
+
+
+def mlp(*, channels: int, image_size: int, hidden: tuple[int, ...], activation: str = "relu") -> nn.Sequential:
+    """Build a multi-layer perceptron on the flattened image; output `[batch, hidden[-1]]`."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    before = channels * image_size**2
+    for number, after in enumerate(hidden, start=1):
+        layers[f"layer{number}"] = nn.Sequential(nn.Linear(before, after), ACTIVATIONS[activation]())
+        before = after
+    return nn.Sequential(layers)
+
+
+def whiten(network: nn.Sequential, images: Tensor) -> None:
+    """Set the fixed stem of a whitening `small_cnn` from normalised images `[n, channels, size, size]`.
+
+    Its filters are the leading eigenvectors of the patches' covariance, each divided by the root of its eigenvalue,
+    and their negatives (airbench94, `init_whitening_conv`).
+    """
+    stem = network.stem[0]  # pyright: ignore[reportIndexIssue]
+    assert isinstance(stem, nn.Conv2d)
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        patches = F.unfold(images[:5000].float(), stem.kernel_size, stride=stem.stride)  # [n, c * k * k, places]
+        patches = patches.transpose(1, 2).flatten(0, 1)
+        patches = patches - patches.mean(0)
+        covariance = (patches.T @ patches / len(patches)).double().cpu()
+        values, vectors = torch.linalg.eigh(covariance)
+        half = stem.out_channels // 2
+        leading = vectors.T.flip(0)[:half] / (values.flip(0)[:half, None] + 5e-4).sqrt()
+        weight = torch.cat([leading, -leading]).reshape(stem.weight.shape)
+        stem.weight.copy_(weight)
+        assert stem.bias is not None
+        stem.bias.zero_()
+
+
+def fixed_stem(network: nn.Module) -> bool:
+    """Say whether the network has a whitening stem, which `whiten` sets from data before the first step."""
+    stem = getattr(network, "stem", None)
+    return isinstance(network, nn.Sequential) and stem is not None and not stem[0].weight.requires_grad
