@@ -1,0 +1,161 @@
+"""What a JSON value lacks against a schema, said as JSON pointers (RFC 6901) with the correction. Pure."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, cast
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError as SchemaError
+from pydantic import ValidationError
+
+from app.domain.errors import Detail
+
+Json = dict[str, Any]
+
+
+def pointer(path: Iterable[str | int]) -> str:
+    """Write a path as a JSON pointer: `("model", "a/b")` is `/model/a~1b`."""
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def not_finite(value: Any, path: tuple[str | int, ...] = ()) -> list[Detail]:
+    """Find every number that is not finite: Python reads `NaN` and `1e999` from JSON, and no limit refuses a NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return [Detail(pointer=pointer(path), message="Give a finite number.")]
+    children: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, dict):
+        children = cast(dict[str, Any], value).items()
+    elif isinstance(value, list):
+        children = enumerate(cast(list[Any], value))
+    return [detail for key, item in children for detail in not_finite(item, (*path, key))]
+
+
+def schema_details(schema: Mapping[str, Any], value: Any, *, also_known: Iterable[str] = ()) -> list[Detail]:
+    """Check `value` against a JSON Schema; `also_known` are top-level names worth suggesting beside the schema's."""
+    validator: Any = Draft202012Validator(cast(Any, schema))
+    found: list[Detail] = []
+    for error in cast(Iterable[SchemaError], validator.iter_errors(value)):
+        for detail in _explain(error, tuple(also_known)):
+            if detail not in found:
+                found.append(detail)
+    return sorted(found, key=lambda detail: detail.pointer)
+
+
+def _explain(error: Any, also_known: Sequence[str]) -> Iterable[Detail]:
+    path: list[str | int] = list(error.absolute_path)
+    match error.validator:
+        case "additionalProperties":
+            known: list[str] = list(error.schema.get("properties", {}))
+            for name in sorted(set[str](error.instance) - set(known)):
+                yield Detail(
+                    pointer=pointer([*path, name]), message=_unknown_field(name, known, also_known if not path else ())
+                )
+        case "required":
+            for name in error.validator_value:
+                if name not in error.instance:
+                    yield Detail(pointer=pointer([*path, name]), message="This field is required.")
+        case "anyOf" | "oneOf" if error.context:
+            yield from _explain_alternatives(error, also_known)
+        case "enum" | "const":
+            allowed = error.validator_value if error.validator == "enum" else [error.validator_value]
+            yield Detail(pointer=pointer(path), message=_not_among(error.instance, allowed))
+        case _:
+            yield Detail(pointer=pointer(path), message=f"{_shorten(error.message)}.")
+
+
+def _explain_alternatives(error: Any, also_known: Sequence[str]) -> Iterable[Detail]:
+    """Explain the one alternative that was meant: the one whose kind of value this is."""
+    branches: dict[int, list[Any]] = {}
+    for below in error.context:
+        branches.setdefault(below.schema_path[0], []).append(below)
+    depth = len(error.absolute_path)
+    kinds = ("type", "const", "enum")
+    meant = [
+        errors for errors in branches.values()
+        if not any(below.validator in kinds and len(below.absolute_path) == depth for below in errors)
+    ]  # fmt: skip
+    if len(meant) == 1:
+        for below in meant[0]:
+            yield from _explain(below, also_known)
+        return
+    messages: list[str] = []
+    for errors in branches.values():
+        first = errors[0]
+        if first.validator == "type":
+            messages.append(_kinds(first.validator_value))
+        elif first.validator in ("enum", "const"):
+            values = first.validator_value if first.validator == "enum" else [first.validator_value]
+            messages.extend(repr(item) for item in values)
+        else:
+            messages.append(_shorten(str(first.message)))
+    wanted = " or ".join(dict.fromkeys(messages))
+    yield Detail(pointer=pointer(error.absolute_path), message=f"{_shorten(repr(error.instance))} is not {wanted}.")
+
+
+def _kinds(kind: Any) -> str:
+    names = [kind] if isinstance(kind, str) else list(kind)
+    words = {"integer": "an integer", "object": "an object", "array": "an array", "null": "null"}
+    return " or ".join(words.get(name, f"a {name}") for name in names)
+
+
+def _unknown_field(name: str, known: Sequence[str], also_known: Sequence[str]) -> str:
+    close = get_close_matches(name, [*known, *also_known], n=3, cutoff=0.5)
+    if close:
+        return f"Unknown field; did you mean {' or '.join(close)}?"
+    return f"Unknown field; known here: {', '.join(sorted(known)) or 'none'}."
+
+
+def _not_among(value: Any, allowed: Sequence[Any]) -> str:
+    names = [item for item in allowed if isinstance(item, str)]
+    close = get_close_matches(value, names, n=2, cutoff=0.5) if isinstance(value, str) else []
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"{_shorten(repr(value))} is not one of {', '.join(map(repr, allowed))}.{hint}"
+
+
+def _shorten(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def validation_details(error: ValidationError, value: Any) -> list[Detail]:
+    """Turn pydantic's errors about `value` into details, without the names of union branches in the pointers."""
+    found: list[Detail] = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        path: list[str | int] = []
+        here: Any = value
+        for part in item["loc"]:
+            is_key = isinstance(here, dict) and part in here
+            is_index = isinstance(here, list) and isinstance(part, int) and part < len(cast(list[Any], here))
+            if is_key or is_index:
+                here = cast(Any, here)[part]
+                path.append(part)
+            elif item["type"] == "missing" and part == item["loc"][-1]:
+                path.append(part)
+        detail = Detail(pointer=pointer(path), message=f"{item['msg']}.")
+        if detail not in found:
+            found.append(detail)
+    return found
+
+
+def schema_defaults(schema: Mapping[str, Any], value: Mapping[str, Any], name: str) -> Json:
+    """Fill the defaults that property `name` of `schema` declares into `value`, nested objects included."""
+    described: Mapping[str, Any] = schema.get("properties", {}).get(name, {})
+    return _filled(described, value, schema)
+
+
+def _filled(described: Mapping[str, Any], value: Mapping[str, Any], root: Mapping[str, Any]) -> Json:
+    filled = dict(value)
+    for key, below in cast(Mapping[str, Any], _followed(described, root).get("properties", {})).items():
+        if key not in filled and "default" in below:
+            filled[key] = below["default"]
+        if isinstance(filled.get(key), dict):
+            filled[key] = _filled(below, filled[key], root)
+    return filled
+
+
+def _followed(described: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Follow a `$ref` into the document's `$defs`; pydantic writes no other kind."""
+    name = str(described.get("$ref", ""))
+    if not name.startswith("#/$defs/"):
+        return described
+    return root.get("$defs", {}).get(name.removeprefix("#/$defs/"), {})

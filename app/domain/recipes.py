@@ -1,0 +1,297 @@
+"""From the body of a job to its spec: defaults filled in, schemas checked, impossible combinations refused. Pure.
+
+The API knows recipes and architectures only as the rows that workers published; both arrive here as plain data, so a
+job is refused with a reason before it is queued, without torch.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Protocol, cast
+
+from pydantic import ValidationError
+
+from app.domain.errors import Detail, Invalid
+from app.domain.pointers import not_finite, pointer, schema_defaults, schema_details, validation_details
+from app.domain.spec import Architecture, Optimizer, Spec
+
+Json = dict[str, Any]
+Architectures = Mapping[str, Mapping[str, Any]]  # facts by name
+
+_SHARED_OPTIONS = frozenset(Architecture.model_fields)
+_TRAINS = ("pretrain", "finetune")
+
+
+class Published(Protocol):
+    """A recipe as a worker published it; the table's row is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def tasks(self) -> list[Any]: ...
+    @property
+    def schema(self) -> Json: ...
+    @property
+    def defaults(self) -> Json: ...
+    @property
+    def requires(self) -> Json: ...
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network a job starts from: the options that build it, and its architecture's published facts.
+
+    `pointer` is where the request names it: below `/model` for an architecture, `/model` itself for a reference.
+    """
+
+    options: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    by_reference: bool = False
+
+    def pointer(self, option: str) -> str:
+        """Give the place in the request that chose `option`."""
+        return "/model" if self.by_reference else pointer(("model", option))
+
+
+def nearest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
+    """Give the known names that look most like `name`, best first."""
+    return get_close_matches(name, sorted(known), n=count, cutoff=0.5)
+
+
+def unknown(what: str, name: str, known: Sequence[str], *, at: str) -> Detail:
+    """Say that `name` is no known recipe, architecture …, and which ones come nearest."""
+    close = nearest(name, known)
+    known_names = ", ".join(sorted(known)[:12]) + (", …" if len(known) > 12 else "")
+    correction = f"did you mean {' or '.join(close)}?" if close else f"known: {known_names or 'none'}."
+    return Detail(pointer=at, message=f"Unknown {what} {name!r}; {correction}")
+
+
+def refuse(details: Sequence[Detail]) -> Invalid:
+    """Make the one error that carries these details."""
+    first = details[0]
+    more = f" ({len(details) - 1} more in `details`)" if len(details) > 1 else ""
+    return Invalid(f"{first.pointer or 'body'}: {first.message}{more}", param=first.pointer or None, details=details)
+
+
+def resolve(body: Json, recipe: Published, architectures: Architectures) -> Spec:
+    """Lay the recipe's defaults under the body and check the whole against the published schemas.
+
+    Raises:
+        Invalid: with one detail for each value to correct.
+    """
+    if details := not_finite(body):
+        raise refuse(details)
+    merged = merge(recipe.defaults, body)
+    if details := schema_details(recipe.schema, merged):
+        raise refuse(details)
+    try:
+        spec = Spec.model_validate(merged)
+    except ValidationError as error:
+        raise refuse(validation_details(error, merged)) from error
+
+    changes: Json = {"params": schema_defaults(recipe.schema, spec.params, "params")}
+    if isinstance(spec.training.optimizer, str):
+        changes["training"] = spec.training.model_copy(update={"optimizer": Optimizer(name=spec.training.optimizer)})
+    if isinstance(spec.model, Architecture):
+        changes["model"] = _architecture(spec.model, architectures)
+    spec = spec.model_copy(update=changes)
+    if details := list(_missing(spec, recipe)):
+        raise refuse(details)
+    return spec
+
+
+def merge(defaults: Mapping[str, Any], body: Mapping[str, Any]) -> Json:
+    """Lay `defaults` under `body`, object by object; what the body says always wins, null included.
+
+    Two objects that name different things (an architecture, an optimiser) are alternatives and are not mixed: the
+    options of the default one mean nothing to the other.
+    """
+    merged = dict(defaults)
+    for key, value in body.items():
+        default = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            ours, theirs = cast(Mapping[str, Any], value), cast(Mapping[str, Any], default)
+            merged[key] = dict(ours) if _are_alternatives(ours, theirs) else merge(theirs, ours)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _are_alternatives(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return any(key in one and one[key] != other.get(key, one[key]) for key in ("architecture", "name"))
+
+
+def _architecture(model: Architecture, architectures: Architectures) -> Architecture:
+    """Check an architecture's name and its own options by its published schema, and fill in their defaults."""
+    facts = architectures.get(model.architecture)
+    if facts is None:
+        raise refuse([unknown("architecture", model.architecture, list(architectures), at="/model/architecture")])
+    schema: Json = facts.get("schema") or {"type": "object", "additionalProperties": False}
+    described: Mapping[str, Any] = schema.get("properties", {})
+    whole = model.model_dump(mode="json")
+    own = {key: value for key, value in whole.items() if key not in _SHARED_OPTIONS or key in described}
+    details = [
+        Detail(pointer=f"/model{found.pointer}", message=found.message)
+        for found in schema_details(schema, own, also_known=_SHARED_OPTIONS)
+    ]
+    if details:
+        raise refuse(details)
+    return Architecture.model_validate(
+        whole | schema_defaults({"properties": {"own": schema}, **_defs(schema)}, own, "own")
+    )
+
+
+def _defs(schema: Mapping[str, Any]) -> Json:
+    return {"$defs": schema["$defs"]} if "$defs" in schema else {}
+
+
+def _missing(spec: Spec, recipe: Published) -> Iterable[Detail]:
+    if recipe.kind in _TRAINS and spec.dataset is None:
+        yield Detail(pointer="/dataset", message=f"{recipe.name} needs a dataset: give its id, `ds_…`.")
+    if recipe.kind in _TRAINS and spec.model is None:
+        yield Detail(
+            pointer="/model",
+            message='Give a network to start from: {"architecture": "…"}, a model `mdl_…`, or a job `job_…`.',
+        )
+    if spec.data.labels_per_class is not None and spec.data.label_fraction != 1:
+        yield Detail(
+            pointer="/data/labels_per_class",
+            message="Give labels_per_class or label_fraction, not both: each is the budget.",
+        )
+
+
+def check(spec: Spec, recipe: Published, network: Network | None, dataset: Mapping[str, Any] | None) -> list[Detail]:
+    """Find what cannot work in the combination of recipe, network and data.
+
+    `dataset` is the stored `DatasetFacts`; null, like a null network, leaves its checks out.
+    """
+    details: list[Detail] = []
+    if dataset is not None:
+        details += _check_data(spec, recipe, dataset)
+    if network is not None:
+        details += _check_network(recipe, network)
+        details += _check_trainable(spec, network)
+    return details
+
+
+def _check_data(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -> Iterable[Detail]:
+    requires = recipe.requires
+    samples = int(dataset["splits"].get("train", 0))
+    labelled = int(dataset["labelled"].get("train", 0))
+    classes = len(dataset["classes"])
+    if requires.get("labels") and labelled == 0:
+        yield Detail(
+            pointer="/dataset",
+            message=f"{recipe.name} needs labels, and no training sample of this dataset has one: use a dataset with "
+            "class folders, or a pretrain recipe.",
+        )
+        return
+    if recipe.tasks and dataset["task"] not in recipe.tasks:
+        tasks = ", ".join(map(str, recipe.tasks))
+        yield Detail(
+            pointer="/dataset",
+            message=f"{recipe.name} works on {tasks}; the task of this dataset is {dataset['task']}.",
+        )
+    if requires.get("labels") and classes < int(requires.get("min_classes", 0)):
+        yield Detail(
+            pointer="/dataset",
+            message=f"{recipe.name} needs at least {requires['min_classes']} classes; this dataset has {classes}: "
+            f"{', '.join(map(str, dataset['classes'])) or 'none'}.",
+        )
+    keeps_all_labels = spec.data.label_fraction == 1 and spec.data.labels_per_class is None
+    if requires.get("unlabelled") and labelled == samples and keeps_all_labels:
+        yield Detail(
+            pointer="/dataset",
+            message=f"{recipe.name} needs unlabelled training samples, and every one here has a label: add some, or"
+            " keep only part of the labels with data.label_fraction.",
+        )
+    least = int(requires.get("min_samples", 1))
+    if samples < least:
+        yield Detail(
+            pointer="/dataset", message=f"{recipe.name} needs at least {least} training samples; there are {samples}."
+        )
+    yield from _check_batch(spec, recipe, samples)
+
+
+def _check_batch(spec: Spec, recipe: Published, samples: int) -> Iterable[Detail]:
+    least, batch = int(recipe.requires.get("min_batch", 1)), spec.training.batch_size
+    if isinstance(batch, int) and batch < least:
+        yield Detail(
+            pointer="/training/batch_size",
+            message=f"{recipe.name} needs at least {least} samples per batch, not {batch}.",
+        )
+    elif samples < least:
+        yield Detail(
+            pointer="/dataset", message=f"{recipe.name} needs batches of at least {least}; there are {samples} samples."
+        )
+    accumulate = spec.training.accumulate
+    if isinstance(batch, int) and isinstance(accumulate, int) and batch % accumulate:
+        yield Detail(
+            pointer="/training/accumulate",
+            message=f"{batch} samples do not divide into {accumulate} micro-batches of one size.",
+        )
+
+
+def _check_network(recipe: Published, network: Network) -> Iterable[Detail]:
+    options, facts = network.options, network.facts
+    name, families = options["architecture"], recipe.requires.get("architectures")
+    if families is not None and facts.get("family") not in families:
+        reason = recipe.requires.get("reason") or f"{recipe.name} works with {' and '.join(families)} networks only"
+        yield Detail(
+            pointer=network.pointer("architecture"), message=f"{name} is a {facts.get('family')} network: {reason}."
+        )
+    size, smallest, patch = options.get("image_size"), facts.get("min_image_size"), facts.get("patch")
+    patch = options.get("patch") or options.get("patch_size") or patch
+    if size is not None and smallest is not None and size < smallest:
+        yield Detail(
+            pointer=network.pointer("image_size"),
+            message=f"{name} needs images of at least {smallest} pixels, not {size}.",
+        )
+    if size is not None and patch and size % patch:
+        low, high = size - size % patch, size - size % patch + patch
+        fits = " or ".join(str(fit) for fit in (low, high) if fit)
+        yield Detail(
+            pointer=network.pointer("image_size"),
+            message=f"{name} cuts images into patches of {patch} pixels, which do not divide {size}: use {fits}.",
+        )
+    keep, stages = options.get("keep_stages"), facts.get("stages")
+    if keep is not None and stages is not None and keep > stages:
+        yield Detail(
+            pointer=network.pointer("keep_stages"), message=f"{name} has {stages} stages; keep_stages cannot be {keep}."
+        )
+
+
+def _check_trainable(spec: Spec, network: Network) -> Iterable[Detail]:
+    found = re.fullmatch(r"last:(\d+)", str(spec.params.get("trainable", "")))
+    stages = network.facts.get("stages")
+    if found is None or stages is None:
+        return
+    stages = min(stages, network.options.get("keep_stages") or stages)
+    if not 1 <= int(found[1]) <= stages:
+        yield Detail(
+            pointer="/params/trainable",
+            message=f"{network.options['architecture']} has {stages} stages here: use last:1 to last:{stages}, or all.",
+        )
+
+
+def warnings(spec: Spec, dataset: Mapping[str, Any] | None) -> list[str]:
+    """Name what will work, but hardly as meant."""
+    found: list[str] = []
+    samples = int(dataset["splits"].get("train", 0)) if dataset else None
+    batch = spec.training.batch_size
+    if samples is not None and isinstance(batch, int) and batch > samples:
+        found.append(f"training.batch_size is {batch}, but there are only {samples} training samples.")
+    if dataset and spec.data.labels_per_class is not None and dataset["classes"]:
+        asked = spec.data.labels_per_class * len(dataset["classes"])
+        if asked > int(dataset["labelled"].get("train", 0)):
+            found.append(f"data.labels_per_class asks for {asked} labels, more than the training split has.")
+    if spec.training.early_stopping is not None and spec.data.validation_fraction == 0:
+        has_validation = bool(dataset and dataset["splits"].get("validation"))
+        if not has_validation:
+            found.append("training.early_stopping has nothing to look at: data.validation_fraction is 0.")
+    return found
