@@ -1,6 +1,6 @@
 """The life of a job: its states, who may move it where, and what a request, a loss or a failure leads to. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -51,18 +51,22 @@ class Actor(StrEnum):
 TERMINAL = frozenset({Status.SUCCEEDED, Status.STOPPED, Status.FAILED, Status.CANCELLED})
 HELD = frozenset({Status.STARTING, Status.RUNNING})
 
-_WORKER_ENDS = (Status.SUCCEEDED, Status.STOPPED, Status.FAILED, Status.CANCELLED, Status.PAUSED, Status.QUEUED)
+# Why a job that was asked to stop has no model to show for it.
+STOPPED_TOO_EARLY = "stopped_before_any_checkpoint"
 
 TRANSITIONS: dict[tuple[Status | None, Status], frozenset[Actor]] = {
-    (None, Status.QUEUED): frozenset({Actor.API, Actor.WORKER}),  # a worker inserts children and internal jobs
+    (None, Status.QUEUED): frozenset({Actor.API, Actor.WORKER}),  # a worker inserts the children of a job
     (None, Status.WAITING): frozenset({Actor.API, Actor.WORKER}),
     (Status.WAITING, Status.QUEUED): frozenset({Actor.WORKER, Actor.SWEEP}),
     (Status.WAITING, Status.FAILED): frozenset({Actor.WORKER, Actor.SWEEP}),
     (Status.QUEUED, Status.STARTING): frozenset({Actor.CLAIM}),
     (Status.STARTING, Status.RUNNING): frozenset({Actor.WORKER}),
-    **{(held, end): frozenset({Actor.WORKER}) for held in HELD for end in _WORKER_ENDS},
-    # An orchestrating parent hands its slot back while its children run.
-    **{(held, Status.WAITING): frozenset({Actor.WORKER}) for held in HELD},
+    # WAITING: an orchestrating job hands its slot back while its children run.
+    **{
+        (held, end): frozenset({Actor.WORKER})
+        for held in HELD
+        for end in (Status.SUCCEEDED, Status.STOPPED, Status.WAITING)
+    },
     **{
         (held, end): frozenset({Actor.WORKER, Actor.SWEEP})
         for held in HELD
@@ -93,107 +97,150 @@ class Move:
 
 Verb = Literal["cancel", "stop", "pause", "resume"]
 
+_WISH: dict[Verb, Wanted] = {
+    "cancel": Wanted.CANCEL, "stop": Wanted.STOP, "pause": Wanted.PAUSE, "resume": Wanted.RUN,
+}  # fmt: skip
+
 
 def on_request(verb: Verb, status: Status, wanted: Wanted, *, has_checkpoint: bool) -> Move:
     """Decide what a user's verb does to a job.
 
-    Asking twice is harmless: a verb whose end is already reached, or already on its way, changes nothing.
+    Asking twice is harmless: a verb whose end is already reached, or already on its way, changes nothing. A cancel is
+    never taken back, a stop only by a cancel.
 
     Raises:
         Conflict: the verb makes no sense in this state; the error carries the current status.
     """
-    if status in HELD:
-        return _ask_worker(verb, status, wanted)
-    match verb, status:
-        case "cancel", Status.CANCELLED:
+    if status in TERMINAL:
+        # Only `resume` would undo an end. The other wishes, asked again, are the repeated call of a careful client.
+        if verb != "resume" and wanted is _WISH[verb]:
             return Move()
-        case "cancel", Status.WAITING | Status.QUEUED | Status.PAUSED:
-            return Move(status=Status.CANCELLED, wanted=Wanted.CANCEL)
-        case "stop", Status.STOPPED:
-            return Move()
-        case "stop", Status.QUEUED | Status.PAUSED if has_checkpoint:
-            # Only a worker can turn a checkpoint into a model, so the job runs once more, just to end well.
-            return Move(status=Status.QUEUED if status is Status.PAUSED else None, wanted=Wanted.STOP)
-        case "stop", Status.WAITING | Status.QUEUED | Status.PAUSED:
-            return Move(status=Status.CANCELLED, wanted=Wanted.STOP, reason="stopped_before_any_checkpoint")
-        case "pause", Status.PAUSED:
-            return Move()
-        case "pause", Status.QUEUED:
-            return Move(status=Status.PAUSED, wanted=Wanted.PAUSE)
-        case "resume", Status.PAUSED:
-            return Move(status=Status.QUEUED, wanted=Wanted.RUN)
-        case "resume", Status.QUEUED if wanted is Wanted.RUN:
-            return Move()
-        case _:
-            raise _refusal(verb, status)
-
-
-def _ask_worker(verb: Verb, status: Status, wanted: Wanted) -> Move:
-    """A worker holds the job: only the wish can change, and a cancel is never taken back."""
+        raise _refusal(verb, status)
     if verb == "cancel":
-        return Move(wanted=Wanted.CANCEL)
+        return Move(wanted=Wanted.CANCEL, status=None if status in HELD else Status.CANCELLED)
     if wanted is Wanted.CANCEL:
         raise _refusal(verb, status, "It is being cancelled.")
     if verb == "stop":
-        return Move(wanted=Wanted.STOP)
+        return _stop(status, has_checkpoint=has_checkpoint)
     if wanted is Wanted.STOP:
         raise _refusal(verb, status, "It is being stopped.")
-    return Move(wanted=Wanted.PAUSE if verb == "pause" else Wanted.RUN)
+    match verb, status:
+        case _, Status.WAITING:
+            raise _refusal(verb, status)
+        case "pause", Status.QUEUED | Status.PAUSED:
+            return Move(wanted=Wanted.PAUSE, status=Status.PAUSED if status is Status.QUEUED else None)
+        case "resume", Status.QUEUED | Status.PAUSED:
+            return Move(wanted=Wanted.RUN, status=Status.QUEUED if status is Status.PAUSED else None)
+        case _:  # a worker holds it, and hears the wish in the answer to its heartbeat
+            return Move(wanted=_WISH[verb])
+
+
+def _stop(status: Status, *, has_checkpoint: bool) -> Move:
+    """Only a worker can turn a checkpoint into a model, so a job that has one runs once more, just to end well."""
+    if status in HELD:
+        return Move(wanted=Wanted.STOP)
+    if status is Status.WAITING or not has_checkpoint:
+        return Move(wanted=Wanted.STOP, status=Status.CANCELLED, reason=STOPPED_TOO_EARLY)
+    return Move(wanted=Wanted.STOP, status=Status.QUEUED if status is Status.PAUSED else None)
 
 
 def _refusal(verb: Verb, status: Status, why: str = "") -> Conflict:
-    hint = " Use /retry to run it again as a new job." if status in TERMINAL else ""
-    message = f"A job that is {status} cannot {verb}. {why}".strip() + hint
+    verbed = {"cancel": "cancelled", "stop": "stopped", "pause": "paused", "resume": "resumed"}[verb]
+    hint = "Use /retry to run it again as a new job." if status in TERMINAL else ""
+    message = " ".join(part for part in (f"A job that is {status} cannot be {verbed}.", why, hint) if part)
     return Conflict(message, code=f"cannot_{verb}", status=str(status))
 
 
 def backoff_seconds(consecutive: int) -> float:
-    """Seconds before the next attempt after `consecutive` system failures: 2, 4, 8 … 300."""
-    return float(min(2 ** max(consecutive, 1), 300))
+    """Seconds before the next attempt after `consecutive` system failures: 2, 4, 8 … 256, then 300."""
+    return float(min(2 ** min(max(consecutive, 1), 9), 300))
 
 
 MAX_CONSECUTIVE_LOSSES = 3
 
 
-def on_loss(wanted: Wanted, *, losses: int, attempt: int, max_attempts: int) -> Move:
-    """Decide what becomes of a held job whose lease ran out.
+def on_finish(outcome: Status, wanted: Wanted) -> Move:
+    """Decide where a job goes whose worker reports `outcome` (any status that `WORKER` may move a held job to).
 
-    `losses` counts earlier losses in a row without a newer checkpoint. The wish of the user is honoured at once where
-    no trainer is needed for it; a `stop` needs one more claim, because only a worker can publish the best model.
+    `wanted` is read under the row's lock in the transaction that commits the end: a cancel accepted before it always
+    wins, and a resume or stop that came while the worker was pausing is not lost.
     """
     if wanted is Wanted.CANCEL:
-        return Move(status=Status.CANCELLED, reason="cancelled")
-    if losses + 1 >= MAX_CONSECUTIVE_LOSSES or attempt >= max_attempts:
+        return Move(status=Status.CANCELLED)
+    if outcome is Status.PAUSED and wanted is not Wanted.PAUSE:
+        return Move(status=Status.QUEUED, reason="resumed")
+    if outcome is Status.WAITING and wanted is Wanted.PAUSE:
+        return Move(status=Status.PAUSED)
+    return Move(status=outcome)
+
+
+def on_release(wanted: Wanted, *, has_checkpoint: bool) -> Move:
+    """Decide where a held job goes that a draining worker hands back; nothing is counted against it."""
+    return _idle(wanted, has_checkpoint=has_checkpoint) or Move(status=Status.QUEUED, reason="drained")
+
+
+def on_loss(wanted: Wanted, *, losses: int, attempts: int, max_attempts: int, has_checkpoint: bool) -> Move:
+    """Decide what becomes of a held job whose lease ran out.
+
+    `losses` counts earlier losses in a row without a newer checkpoint, `attempts` the attempts so far without those
+    that ended in a drain or a pause. The user's wish is honoured at once where no trainer is needed for it.
+    """
+    if wanted is Wanted.CANCEL:
+        return Move(status=Status.CANCELLED)
+    if _exhausted(losses, attempts, max_attempts):
         failure = Failure(
             fault="system",
             code="crash_loop" if losses + 1 >= MAX_CONSECUTIVE_LOSSES else "attempts_exhausted",
-            message=f"The worker was lost {losses + 1} times in a row without a newer checkpoint (attempt {attempt} of "
-            f"{max_attempts}).",
+            message=f"The worker was lost {losses + 1} times in a row without a newer checkpoint (attempt {attempts} "
+            f"of {max_attempts}).",
             hint="The job may need more memory than the worker has: try a smaller batch_size, then /retry.",
             phase="run",
         )
         return Move(status=Status.FAILED, failure=failure, counts_as_loss=True)
-    if wanted is Wanted.PAUSE:
-        return Move(status=Status.PAUSED, counts_as_loss=True)
-    return Move(status=Status.QUEUED, reason="worker_lost", delay_seconds=0.0, counts_as_loss=True)
+    idle = _idle(wanted, has_checkpoint=has_checkpoint) or Move(status=Status.QUEUED, reason="worker_lost")
+    return replace(idle, counts_as_loss=True)
 
 
-def on_failure(failure: Failure, *, losses: int, attempt: int, max_attempts: int) -> Move:
-    """Decide what becomes of a held job whose attempt ended with `failure`: another attempt, or the end."""
-    exhausted = losses + 1 >= MAX_CONSECUTIVE_LOSSES or attempt >= max_attempts
-    if failure.fault != "system" or not failure.retryable or exhausted:
-        return Move(status=Status.FAILED, failure=failure, counts_as_loss=failure.fault == "system")
-    return Move(
-        status=Status.QUEUED, reason="retrying", delay_seconds=backoff_seconds(losses + 1), counts_as_loss=True,
+def on_failure(
+    failure: Failure, wanted: Wanted, *, losses: int, attempts: int, max_attempts: int, has_checkpoint: bool
+) -> Move:
+    """Decide what becomes of a held job whose attempt ended with `failure`: another attempt, or the end.
+
+    The counts are those of `on_loss`. A cancel accepted before the failure is committed wins over it.
+    """
+    if wanted is Wanted.CANCEL:
+        return Move(status=Status.CANCELLED)
+    counts = failure.fault == "system"
+    if not counts or not failure.retryable or _exhausted(losses, attempts, max_attempts):
+        return Move(status=Status.FAILED, failure=failure, counts_as_loss=counts)
+    retry = Move(status=Status.QUEUED, reason="retrying", delay_seconds=backoff_seconds(losses + 1))
+    return replace(
+        _idle(wanted, has_checkpoint=has_checkpoint) or retry, failure=failure, counts_as_loss=True,
     )  # fmt: skip
 
 
-def on_parent(parent: Status) -> Move:
+def _exhausted(losses: int, attempts: int, max_attempts: int) -> bool:
+    return losses + 1 >= MAX_CONSECUTIVE_LOSSES or attempts >= max_attempts
+
+
+def _idle(wanted: Wanted, *, has_checkpoint: bool) -> Move | None:
+    """Honour a wish that needs no worker, once no worker holds the job; None is to go on."""
+    if wanted is Wanted.CANCEL:
+        return Move(status=Status.CANCELLED)
+    if wanted is Wanted.PAUSE:
+        return Move(status=Status.PAUSED)
+    if wanted is Wanted.STOP and not has_checkpoint:
+        return Move(status=Status.CANCELLED, reason=STOPPED_TOO_EARLY)
+    return None
+
+
+def on_parent(parent: Status, *, made_model: bool = True) -> Move:
     """Decide what becomes of a job that waits for another job's model, once that parent is terminal."""
-    if parent in (Status.SUCCEEDED, Status.STOPPED):
+    if parent in (Status.SUCCEEDED, Status.STOPPED) and made_model:
         return Move(status=Status.QUEUED)
+    how = f"ended {parent}" if parent in (Status.FAILED, Status.CANCELLED) else "made no model"
     failure = Failure(
-        fault="user", code="parent_failed", message=f"The job whose model this one starts from ended {parent}.",
+        fault="user", code="parent_failed", message=f"The job whose model this one starts from {how}.",
         hint="Start from a finished model, or retry the parent and submit this job again.", phase="wait",
     )  # fmt: skip
     return Move(status=Status.FAILED, failure=failure, reason="parent_failed")

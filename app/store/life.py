@@ -1,0 +1,234 @@
+"""The only way a job comes to life or changes its status: one compare-and-set with everything that belongs to it."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from sqlalchemy import CursorResult, exists, select, update
+from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm.attributes import set_committed_value
+
+from app.domain.errors import Conflict, Failure
+from app.domain.jobs import HELD, TERMINAL, Actor, Status, Wanted, on_parent, permitted
+from app.store import events, tables
+from app.store.clock import Now
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What a claim brings: who holds the job, for how long, and how the job was found."""
+
+    worker: str
+    seconds: float
+    source: str  # "message" or "poll"
+
+
+def lock(session: Session, job_id: str) -> tables.Job | None:
+    """Read a job as it is now and keep its row locked until the commit; whoever decides about a job does this first."""
+    return session.scalar(
+        select(tables.Job).where(tables.Job.id == job_id).with_for_update().execution_options(populate_existing=True)
+    )
+
+
+def insert(session: Session, job: tables.Job) -> None:
+    """Insert a job that is `queued` or `waiting`, with its first event; a queued one is noted for a wake-up."""
+    if not permitted(None, Status(job.status), Actor.API):
+        raise Conflict(f"A job cannot begin as {job.status}.", code="illegal_transition", status=job.status)
+    session.add(job)
+    session.flush()
+    events.append(
+        session, job, type="status", code=job.status, message=f"The job is {job.status}.", data={"status": job.status}
+    )
+    if job.status == Status.QUEUED:
+        _wake(session, job)
+
+
+def move(
+    session: Session,
+    job: tables.Job,
+    after: Status,
+    *,
+    actor: Actor,
+    reason: str | None = None,
+    failure: Failure | None = None,
+    delay_seconds: float = 0,
+    wanted: Wanted | None = None,
+    counts_as_loss: bool = False,
+    lease: Lease | None = None,
+) -> None:
+    """Move a job from the status that `job` shows to `after`, with everything that follows from it.
+
+    Writes status, reason, error, times, back-off and losses; takes or clears the lease and opens or closes the attempt;
+    appends the `status` event and, at the end of the job's life, its one `done` event; frees or fails the jobs that
+    wait for this one and the dataset or model that it was making. Jobs that can be claimed at once are noted in
+    `session.info["wake"]` as `(job_id, internal)`, to be announced after the commit.
+
+    Raises:
+        Conflict: the actor may not make this move, or the row is no longer as `job` shows it.
+    """
+    before = Status(job.status)
+    if not permitted(before, after, actor):
+        raise Conflict(f"A job that is {before} cannot become {after}.", code="illegal_transition", status=str(before))
+    if (lease is not None) != (after is Status.STARTING):
+        raise ValueError("a lease is taken with the move to `starting`, and only then")
+    session.flush()
+    _write(session, job, before, after, reason=reason, failure=failure, delay_seconds=delay_seconds, wanted=wanted,
+           counts_as_loss=counts_as_loss, lease=lease)  # fmt: skip
+    if lease is not None:
+        session.add(
+            tables.Attempt(job_id=job.id, attempt=job.attempt, worker=lease.worker, source=lease.source)
+        )  # fmt: skip
+    elif before in HELD and after not in HELD:
+        _close_attempt(session, job, after, actor=actor, reason=reason, failure=failure)
+    _tell(session, job, after, failure=failure)
+    if after is Status.QUEUED and not delay_seconds:
+        _wake(session, job)
+    if after in TERMINAL:
+        _fail_what_it_was_making(session, job, after)
+        free_those_who_wait(session, job)
+
+
+def free_those_who_wait(session: Session, job: tables.Job) -> None:
+    """Let the jobs go on that wait for this terminal one: those that start from its model, and its parent.
+
+    Rows that another transaction holds are left to the sweep: waiting for them here could deadlock, because a verb on a
+    parent locks the parent first and its children next.
+    """
+    dependants = session.scalars(
+        select(tables.Job)
+        .where(
+            tables.Job.wait_for_job_id == job.id,
+            tables.Job.status == Status.WAITING,
+            tables.Job.base_model_id.is_(None),
+        )
+        .with_for_update(skip_locked=True)
+        .execution_options(populate_existing=True)
+    ).all()
+    for dependant in dependants:
+        decision = on_parent(Status(job.status), made_model=job.model_id is not None)
+        assert decision.status is not None
+        if decision.status is Status.QUEUED:
+            dependant.base_model_id = job.model_id
+        move(session, dependant, decision.status, actor=Actor.SWEEP, reason=decision.reason, failure=decision.failure)
+    if job.parent_id is None:
+        return
+    parent = session.scalar(
+        select(tables.Job)
+        .where(tables.Job.id == job.parent_id, waits_for_nothing())
+        .with_for_update(skip_locked=True)
+        .execution_options(populate_existing=True)
+    )
+    if parent is not None:
+        move(session, parent, Status.QUEUED, actor=Actor.SWEEP, reason="children_finished")
+
+
+def waits_for_nothing() -> Any:
+    """Give the condition under which an orchestrating job's round is over: it waits, and no child is unfinished."""
+    child = aliased(tables.Job)
+    waits_for_a_model = tables.Job.wait_for_job_id.is_not(None) & tables.Job.base_model_id.is_(None)
+    unfinished = exists().where(child.parent_id == tables.Job.id, child.status.not_in(TERMINAL))
+    return (tables.Job.status == Status.WAITING) & ~waits_for_a_model & ~unfinished
+
+
+def _write(
+    session: Session,
+    job: tables.Job,
+    before: Status,
+    after: Status,
+    *,
+    reason: str | None,
+    failure: Failure | None,
+    delay_seconds: float,
+    wanted: Wanted | None,
+    counts_as_loss: bool,
+    lease: Lease | None,
+) -> None:
+    values: dict[str, Any] = {"status": after, "status_reason": reason}
+    if failure is not None and after is Status.FAILED:
+        values |= {"error": failure.to_json(), "status_reason": reason or failure.code}
+    if wanted is not None:
+        values["wanted"] = wanted
+    if counts_as_loss:
+        values["losses"] = tables.Job.losses + 1
+    if after is Status.QUEUED:
+        values["not_before"] = Now() + delay_seconds if delay_seconds else 0.0
+    if after in TERMINAL:
+        values["finished_at"] = Now()
+    if lease is not None:
+        values |= {
+            "attempt": tables.Job.attempt + 1, "lease_owner": lease.worker, "lease_expires_at": Now() + lease.seconds,
+        }  # fmt: skip
+        if job.started_at is None:
+            values["started_at"] = Now()
+    elif after not in HELD:
+        values |= {"lease_owner": None, "lease_expires_at": None}
+    row = session.execute(
+        update(tables.Job)
+        .where(tables.Job.id == job.id, tables.Job.status == before, tables.Job.attempt == job.attempt)
+        .values(**values)
+        .returning(*(getattr(tables.Job, name) for name in values))
+        .execution_options(synchronize_session=False)
+    ).one_or_none()
+    if row is None:
+        raise Conflict("The job changed at the same moment; ask again.", code="changed_meanwhile", status=str(before))
+    for name in values:
+        set_committed_value(job, name, getattr(row, name))
+
+
+def _close_attempt(
+    session: Session, job: tables.Job, after: Status, *, actor: Actor, reason: str | None, failure: Failure | None
+) -> None:
+    if actor is Actor.SWEEP:
+        outcome = "lost"
+    elif failure is not None:
+        outcome = "failed"
+    elif after is Status.QUEUED:
+        outcome = reason or "queued"
+    else:
+        outcome = str(after)
+    closed = session.execute(
+        update(tables.Attempt)
+        .where(
+            tables.Attempt.job_id == job.id, tables.Attempt.attempt == job.attempt, tables.Attempt.closed_at.is_(None)
+        )
+        .values(closed_at=Now(), outcome=outcome[:16], error=failure.to_json() if failure else None)
+        .execution_options(synchronize_session=False)
+    )
+    assert cast("CursorResult[Any]", closed).rowcount == 1, "a held job has exactly one open attempt"
+
+
+def _tell(session: Session, job: tables.Job, after: Status, *, failure: Failure | None) -> None:
+    data: tables.Json = {"status": str(after), "reason": job.status_reason, "wanted": job.wanted}
+    message = f"The job is {after}" + (f" ({job.status_reason})." if job.status_reason else ".")
+    level: events.Level = "info"
+    if failure is not None:
+        data["error"] = failure.to_json()
+        message += f" {failure.message}"
+        level = "error" if after is Status.FAILED else "warning"
+    events.append(session, job, type="status", code=str(after), message=message, level=level, data=data)
+    if after in TERMINAL:
+        events.append(
+            session, job, type="done", code=str(after), message=message, level=level,
+            data=data | {"model": job.model_id},
+        )  # fmt: skip
+
+
+def _fail_what_it_was_making(session: Session, job: tables.Job, after: Status) -> None:
+    """An ingest or import that ended otherwise than well leaves nothing `processing` for ever."""
+    if not job.internal or after is Status.SUCCEEDED:
+        return
+    error = job.error or {
+        "class": "user", "code": str(after), "message": f"The job that was making this ended {after}.",
+        "hint": "Send it again.", "phase": None, "retryable": False,
+    }  # fmt: skip
+    for table in (tables.Dataset, tables.Model):
+        session.execute(
+            update(table)
+            .where(table.job_id == job.id, table.status == "processing")
+            .values(status="failed", error=error)
+        )
+
+
+def _wake(session: Session, job: tables.Job) -> None:
+    wake: list[tuple[str, bool]] = session.info.setdefault("wake", [])
+    if (job.id, job.internal) not in wake:
+        wake.append((job.id, job.internal))
