@@ -211,9 +211,8 @@ def _check_keep(name: str, keep: int | None, most: int) -> None:
 
 def _finished(network: nn.Module, *, dimension: int, head_path: str, keep: int | None) -> nn.Module:
     # Plain attributes, so that they survive a deep copy and stay out of the state dict.
-    network.dimension = dimension  # pyright: ignore[reportAttributeAccessIssue]
-    network.head_path = head_path  # pyright: ignore[reportAttributeAccessIssue]
-    network.keep_stages = keep  # pyright: ignore[reportAttributeAccessIssue]
+    marked: Any = network
+    marked.dimension, marked.head_path, marked.keep_stages = dimension, head_path, keep
     return network
 
 
@@ -244,7 +243,7 @@ def _torchvision(architecture: Mapping[str, Any], *, channels: int, image_size: 
     family = family_of(name)
     constructor, options = _constructor(architecture, image_size)
     make = getattr(tv, constructor)
-    _check_size(name, family, make, options, image_size)
+    _check_size(name, family, options, image_size)
     network: nn.Module = make(num_classes=1, **options)
     changes: list[Change] = []
 
@@ -278,7 +277,7 @@ def _torchvision(architecture: Mapping[str, Any], *, channels: int, image_size: 
     )
 
 
-def _check_size(name: str, family: Family, make: Any, options: dict[str, Any], image_size: int) -> None:
+def _check_size(name: str, family: Family, options: dict[str, Any], image_size: int) -> None:
     if family.kind == "vit":
         patch = options.get("patch_size") or int(name.rsplit("_", 1)[1])
         if image_size % patch:

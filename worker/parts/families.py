@@ -51,8 +51,8 @@ class Family:
     cut_head: str | None = None  # path of the head in a network cut short, where it differs
     pools: tuple[str, ...] | None = None  # of the stem, dropped by `stem: small`; None: the family has no small stem
     bias: bool = True  # whether the head has one
-    options: Callable[[int], dict[str, Any]] = lambda image_size: {}  # arguments of the constructor
-    multiple: Callable[[Any], int] = lambda model: 1  # what the image size must be a multiple of
+    options: Callable[[int], dict[str, Any]] = lambda _image_size: {}  # arguments of the constructor
+    multiple: Callable[[Any], int] = lambda _model: 1  # what the image size must be a multiple of
 
 
 def _flatten(x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _children_kept(parts: list[Part], stages: int) -> int:
     return sum(len(part.steps) for part in parts[:stages])
 
 
-def _every(child: nn.Module) -> bool:
+def _every(_child: nn.Module) -> bool:
     return True
 
 
@@ -102,7 +102,7 @@ def _stack_layout(model: Any) -> Layout:
     return Layout(body, tail)
 
 
-def _stack_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _stack_cut(model: Any, stages: int, _channels: int) -> list[Change]:
     return [
         Change("features", _children_kept(_groups(model.features, _pool), stages)),
         Change("avgpool", nn.AdaptiveAvgPool2d(1)),
@@ -114,7 +114,7 @@ def _squeezenet_layout(model: Any) -> Layout:
     return Layout(_groups(model.features, _pool), [model.classifier, _flatten])
 
 
-def _squeezenet_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _squeezenet_cut(model: Any, stages: int, _channels: int) -> list[Change]:
     return [Change("features", _children_kept(_groups(model.features, _pool), stages))]
 
 
@@ -124,7 +124,7 @@ def _resnet_layout(model: Any) -> Layout:
     return Layout(body, [model.avgpool, _flatten, model.fc])
 
 
-def _resnet_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _resnet_cut(_model: Any, stages: int, _channels: int) -> list[Change]:
     return [Change(f"layer{number}", nn.Identity()) for number in range(stages, 5)]
 
 
@@ -134,7 +134,7 @@ def _regnet_layout(model: Any) -> Layout:
     return Layout(body, [model.avgpool, _flatten, model.fc])
 
 
-def _regnet_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _regnet_cut(_model: Any, stages: int, _channels: int) -> list[Change]:
     return [Change("trunk_output", stages - 1)]
 
 
@@ -149,7 +149,7 @@ def _densenet_layout(model: Any) -> Layout:
     return Layout(parts, [F.relu, _global_pool, _flatten, model.classifier])
 
 
-def _densenet_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _densenet_cut(model: Any, stages: int, _channels: int) -> list[Change]:
     return [Change("features", _children_kept(_densenet_layout(model).body, stages))]
 
 
@@ -159,7 +159,7 @@ def _features_layout(model: Any) -> Layout:
     return Layout(_groups(model.features, _every), [pool, _flatten, model.classifier])
 
 
-def _features_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _features_cut(_model: Any, stages: int, _channels: int) -> list[Change]:
     return [Change("features", stages)]
 
 
@@ -171,7 +171,7 @@ def _mobilenet3_layout(model: Any) -> Layout:
     return Layout(body, tail)
 
 
-def _mobilenet3_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _mobilenet3_cut(_model: Any, stages: int, _channels: int) -> list[Change]:
     return [Change("features", stages), Change("classifier", nn.Identity())]
 
 
@@ -183,7 +183,7 @@ def _mnasnet_layout(model: Any) -> Layout:
     return Layout(body, [_mean, model.classifier])
 
 
-def _mnasnet_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _mnasnet_cut(_model: Any, stages: int, _channels: int) -> list[Change]:
     return [Change("layers", 7 + stages)]
 
 
@@ -193,7 +193,7 @@ def _shufflenet_layout(model: Any) -> Layout:
     return Layout(body, [_mean, model.fc])
 
 
-def _shufflenet_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _shufflenet_cut(_model: Any, stages: int, _channels: int) -> list[Change]:
     return [Change(name, nn.Identity()) for name in ("stage2", "stage3", "stage4", "conv5")[stages - 1 :]]
 
 
@@ -228,7 +228,7 @@ def _after_inception(model: Any) -> list[Step]:
 
 
 def _named_cut(groups: dict[str, tuple[str, ...]]) -> Callable[[Any, int, int], list[Change]]:
-    def cut(model: Any, stages: int, channels: int) -> list[Change]:
+    def cut(_model: Any, stages: int, _channels: int) -> list[Change]:
         return [Change(child, nn.Identity()) for children in list(groups.values())[stages:] for child in children]
 
     return cut
@@ -278,7 +278,7 @@ def _vit_layout(model: Any) -> Layout:
     return Layout(body, [model.encoder.ln, class_token, model.heads])
 
 
-def _vit_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _vit_cut(_model: Any, stages: int, _channels: int) -> list[Change]:
     return [Change("encoder.layers", stages - 1)]
 
 
@@ -289,12 +289,12 @@ def _maxvit_layout(model: Any) -> Layout:
     return Layout(body, [model.classifier])
 
 
-def _maxvit_cut(model: Any, stages: int, channels: int) -> list[Change]:
+def _maxvit_cut(_model: Any, stages: int, channels: int) -> list[Change]:
     tail = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(channels), nn.Identity())
     return [Change("blocks", stages - 1), Change("classifier", tail)]
 
 
-def _no_aux(image_size: int) -> dict[str, Any]:
+def _no_aux(_image_size: int) -> dict[str, Any]:
     # Auxiliary heads train against the classes, so a backbone without a head has none.
     return {"aux_logits": False, "transform_input": False, "init_weights": True}
 

@@ -48,11 +48,10 @@ def _block(before: int, after: int, *, rounds_up: bool) -> nn.Sequential:
         nn.BatchNorm2d(after),
         nn.GELU(),
     )
-    for convolution in (block[0], block[4]):
+    for convolution in (layer for layer in block if isinstance(layer, nn.Conv2d)):
         # Start near the identity, as airbench does: signal and gradient pass the whole depth from the first step.
-        weight = convolution.weight
         with torch.no_grad():
-            nn.init.dirac_(weight[: weight.size(1)])
+            nn.init.dirac_(convolution.weight[: convolution.in_channels])
     return block
 
 
@@ -72,7 +71,7 @@ def whiten(network: nn.Sequential, images: Tensor) -> None:
     Its filters are the leading eigenvectors of the patches' covariance, each divided by the root of its eigenvalue,
     and their negatives (airbench94, `init_whitening_conv`).
     """
-    stem = network.stem[0]  # pyright: ignore[reportIndexIssue]
+    stem = network.get_submodule("stem.0")
     assert isinstance(stem, nn.Conv2d)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         patches = F.unfold(images[:5000].float(), stem.kernel_size, stride=stem.stride)  # [n, c * k * k, places]
@@ -90,5 +89,6 @@ def whiten(network: nn.Sequential, images: Tensor) -> None:
 
 def fixed_stem(network: nn.Module) -> bool:
     """Say whether the network has a whitening stem, which `whiten` sets from data before the first step."""
-    stem = getattr(network, "stem", None)
-    return isinstance(network, nn.Sequential) and stem is not None and not stem[0].weight.requires_grad
+    if not isinstance(network, nn.Sequential) or "stem" not in dict(network.named_children()):
+        return False
+    return not network.get_parameter("stem.0.weight").requires_grad

@@ -43,7 +43,7 @@ def pretrained_state(architecture: str, weights: str) -> dict[str, Tensor]:
         raise SystemFault(
             f"The weights {name} of {architecture} could not be fetched from {known[name].url}: {error}",
             code="weights_unavailable",
-            hint="Give this worker access to that address, put the file into its torch hub cache, or leave `weights` out.",
+            hint="Let this worker reach that address, put the file into its torch hub cache, or leave `weights` out.",
         ) from error
     finally:
         socket.setdefaulttimeout(before)
