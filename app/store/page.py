@@ -1,0 +1,36 @@
+"""Lists by cursor: page 1 and page 10,000 cost the same, because ids sort by age and the cursor enters the index."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from sqlalchemy import Select
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which part of a list is wanted: at most `limit` rows beyond the id `after`."""
+
+    limit: int = 20
+    after: str | None = None
+    order: Literal["asc", "desc"] = "desc"
+
+
+def read(
+    session: Session, query: Select[Row], id_column: InstrumentedAttribute[str], page: Page
+) -> tuple[list[Row], bool]:
+    """Read one page of `query`; the flag says whether more rows follow."""
+    if page.after is not None:
+        query = query.where(id_column < page.after if page.order == "desc" else id_column > page.after)
+    query = query.order_by(id_column.desc() if page.order == "desc" else id_column.asc()).limit(page.limit + 1)
+    rows = list(session.scalars(query))
+    return rows[: page.limit], len(rows) > page.limit
+
+
+def with_metadata(query: Select[Row], column: InstrumentedAttribute[Any], wanted: dict[str, str]) -> Select[Row]:
+    """Keep the rows whose metadata holds all of these pairs."""
+    for key, value in wanted.items():
+        query = query.where(column[key].as_string() == value)
+    return query
