@@ -1,9 +1,10 @@
 """The only way a job comes to life or changes its status: one compare-and-set with everything that belongs to it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, exists, select, update
+from sqlalchemy import ColumnElement, CursorResult, Select, and_, exists, not_, select, update
 from sqlalchemy.orm import Session, aliased
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -65,6 +66,73 @@ def move(
     Raises:
         Conflict: the actor may not make this move, or the row is no longer as `job` shows it.
     """
+    _apply(session, job, after, actor=actor, reason=reason, failure=failure, delay_seconds=delay_seconds,
+           wanted=wanted, counts_as_loss=counts_as_loss, lease=lease)  # fmt: skip
+    if after in TERMINAL:
+        free_those_who_wait(session, job)
+
+
+def free_those_who_wait(session: Session, job: tables.Job) -> None:
+    """Let the jobs go on that wait for this terminal one: those that start from its model, and its parent.
+
+    Rows that another transaction holds are left to the sweep: waiting for them here could deadlock, because a verb on a
+    parent locks the parent first and its children next.
+    """
+    ended = [job]  # a list and no recursion: a chain of jobs may be longer than Python's stack
+    while ended:
+        job = ended.pop()
+        decision = on_parent(Status(job.status), made_model=job.model_id is not None)
+        assert decision.status is not None
+        for dependant in _dependants(session, job):
+            if decision.status is Status.QUEUED:
+                dependant.base_model_id = job.model_id
+            _apply(session, dependant, decision.status, actor=Actor.SWEEP, reason=decision.reason,
+                   failure=decision.failure)  # fmt: skip
+            if decision.status in TERMINAL:
+                ended.append(dependant)
+        if job.parent_id is not None:
+            go_on_after_children(session, parent_id=job.parent_id)
+
+
+def go_on_after_children(session: Session, *, parent_id: str | None = None, limit: int = 100) -> None:
+    """Queue the orchestrating jobs (or this one) whose round of children is over."""
+    child = aliased(tables.Job)
+    unfinished = exists().where(child.parent_id == tables.Job.id, child.status.not_in(TERMINAL))
+    waits_for_a_model = and_(tables.Job.wait_for_job_id.is_not(None), tables.Job.base_model_id.is_(None))
+    parents = select(tables.Job).where(tables.Job.status == Status.WAITING, not_(waits_for_a_model), ~unfinished)
+    if parent_id is not None:
+        parents = parents.where(tables.Job.id == parent_id)
+    for parent in _unheld(session, parents.limit(limit)):
+        _apply(session, parent, Status.QUEUED, actor=Actor.SWEEP, reason="children_finished")
+
+
+def waiting_for_a_model() -> ColumnElement[bool]:
+    """Give the condition under which a job still waits for another job's model."""
+    return and_(tables.Job.status == Status.WAITING, tables.Job.base_model_id.is_(None))
+
+
+def _dependants(session: Session, job: tables.Job) -> Sequence[tables.Job]:
+    return _unheld(session, select(tables.Job).where(tables.Job.wait_for_job_id == job.id, waiting_for_a_model()))
+
+
+def _unheld(session: Session, jobs: Select[tables.Job]) -> Sequence[tables.Job]:
+    return session.scalars(jobs.with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
+
+
+def _apply(
+    session: Session,
+    job: tables.Job,
+    after: Status,
+    *,
+    actor: Actor,
+    reason: str | None = None,
+    failure: Failure | None = None,
+    delay_seconds: float = 0,
+    wanted: Wanted | None = None,
+    counts_as_loss: bool = False,
+    lease: Lease | None = None,
+) -> None:
+    """Make one move, without what follows for other jobs."""
     before = Status(job.status)
     if not permitted(before, after, actor):
         raise Conflict(f"A job that is {before} cannot become {after}.", code="illegal_transition", status=str(before))
@@ -84,49 +152,6 @@ def move(
         _wake(session, job)
     if after in TERMINAL:
         _fail_what_it_was_making(session, job, after)
-        free_those_who_wait(session, job)
-
-
-def free_those_who_wait(session: Session, job: tables.Job) -> None:
-    """Let the jobs go on that wait for this terminal one: those that start from its model, and its parent.
-
-    Rows that another transaction holds are left to the sweep: waiting for them here could deadlock, because a verb on a
-    parent locks the parent first and its children next.
-    """
-    dependants = session.scalars(
-        select(tables.Job)
-        .where(
-            tables.Job.wait_for_job_id == job.id,
-            tables.Job.status == Status.WAITING,
-            tables.Job.base_model_id.is_(None),
-        )
-        .with_for_update(skip_locked=True)
-        .execution_options(populate_existing=True)
-    ).all()
-    for dependant in dependants:
-        decision = on_parent(Status(job.status), made_model=job.model_id is not None)
-        assert decision.status is not None
-        if decision.status is Status.QUEUED:
-            dependant.base_model_id = job.model_id
-        move(session, dependant, decision.status, actor=Actor.SWEEP, reason=decision.reason, failure=decision.failure)
-    if job.parent_id is None:
-        return
-    parent = session.scalar(
-        select(tables.Job)
-        .where(tables.Job.id == job.parent_id, waits_for_nothing())
-        .with_for_update(skip_locked=True)
-        .execution_options(populate_existing=True)
-    )
-    if parent is not None:
-        move(session, parent, Status.QUEUED, actor=Actor.SWEEP, reason="children_finished")
-
-
-def waits_for_nothing() -> Any:
-    """Give the condition under which an orchestrating job's round is over: it waits, and no child is unfinished."""
-    child = aliased(tables.Job)
-    waits_for_a_model = tables.Job.wait_for_job_id.is_not(None) & tables.Job.base_model_id.is_(None)
-    unfinished = exists().where(child.parent_id == tables.Job.id, child.status.not_in(TERMINAL))
-    return (tables.Job.status == Status.WAITING) & ~waits_for_a_model & ~unfinished
 
 
 def _write(

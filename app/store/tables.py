@@ -38,7 +38,10 @@ class Base(DeclarativeBase):
     """The root of all tables."""
 
     metadata = MetaData(naming_convention=NAMING)
-    type_annotation_map = {float: Double, int: BigInteger, Json: JSON, list[Any]: JSON}  # noqa: RUF012
+    # none_as_null: a None in a JSON column is SQL's NULL, so that `is null` finds it.
+    type_annotation_map = {  # noqa: RUF012
+        float: Double, int: BigInteger, Json: JSON(none_as_null=True), list[Any]: JSON(none_as_null=True),
+    }  # fmt: skip
 
 
 class Project(Base):
