@@ -200,12 +200,11 @@ def _size_rules(name: str, measured: dict[str, Any]) -> dict[str, Any]:
             {"if": {"not": {"required": ["depth"]}}, "then": {"properties": {"keep_stages": {"maximum": 7}}}},
             {"if": {"not": {"required": ["heads"]}}, "then": {"properties": {"width": {"multipleOf": 3}}}},
         ]
-        rules += [
-            {"if": given("heads", heads), "then": {"properties": {"width": {"multipleOf": heads}}, "required": ["width"]}}
-            if 192 % heads else
-            {"if": given("heads", heads), "then": {"properties": {"width": {"multipleOf": heads}}}}
-            for heads in _HEADS
-        ]  # fmt: skip
+        for heads in _HEADS:
+            divides: dict[str, Any] = {"properties": {"width": {"multipleOf": heads}}}
+            if 192 % heads:
+                divides["required"] = ["width"]
+            rules.append({"if": given("heads", heads), "then": divides})
         return {"allOf": rules}
     if patch := _patch(name):
         return {"allOf": [size(multipleOf=patch)]}

@@ -2,7 +2,7 @@
 
 A backbone maps `[batch, channels, size, size]` to features `[batch, d]` and keeps torchvision's own names in its state
 dict, so that its weights stay the user's: `backbone.dimension` is d, `backbone.head_path` the name under which a head
-belongs in the same state dict.
+belongs in the same state dict, `backbone.head_bias` whether that head has a bias.
 """
 
 import math
@@ -209,10 +209,13 @@ def _check_keep(name: str, keep: int | None, most: int) -> None:
         raise UserFault(f"{name} has {most} stages; keep_stages is {keep}.", code="keep_stages")
 
 
-def _finished(network: nn.Module, *, dimension: int, head_path: str, keep: int | None) -> nn.Module:
+def _finished(
+    network: nn.Module, *, dimension: int, head_path: str, keep: int | None, head_bias: bool = True
+) -> nn.Module:
     # Plain attributes, so that they survive a deep copy and stay out of the state dict.
     marked: Any = network
-    marked.dimension, marked.head_path, marked.keep_stages = dimension, head_path, keep
+    marked.dimension, marked.keep_stages = dimension, keep
+    marked.head_path, marked.head_bias = head_path, head_bias
     return network
 
 
@@ -271,10 +274,8 @@ def _torchvision(architecture: Mapping[str, Any], *, channels: int, image_size: 
         for path, value in family.cut(network, keep, dimension):
             change(path, value)
         head_path = family.cut_head or family.head
-    return (
-        _finished(network, dimension=dimension, head_path=head_path, keep=keep),
-        Blueprint(constructor, options, changes),
-    )
+    network = _finished(network, dimension=dimension, head_path=head_path, keep=keep, head_bias=family.bias)
+    return network, Blueprint(constructor, options, changes)
 
 
 def _check_size(name: str, family: Family, options: dict[str, Any], image_size: int) -> None:

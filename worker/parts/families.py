@@ -263,19 +263,27 @@ def _swin_cut(model: Any, stages: int, channels: int) -> list[Change]:
     return [Change("features", kept), Change("norm", nn.LayerNorm(channels, eps=1e-5))]
 
 
+class _Embedding:
+    """Patches to tokens. A class and not a closure, so that a deep copy of the network takes it along."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tokens = self.model._process_input(x)  # [batch, patches, d]
+        token = self.model.class_token.expand(tokens.shape[0], -1, -1)
+        return self.model.encoder.dropout(torch.cat([token, tokens], dim=1) + self.model.encoder.pos_embedding)
+
+
+def _class_token(x: Tensor) -> Tensor:
+    return x[:, 0]
+
+
 def _vit_layout(model: Any) -> Layout:
-    def embed(x: Tensor) -> Tensor:
-        tokens = model._process_input(x)  # [batch, patches, d]
-        token = model.class_token.expand(tokens.shape[0], -1, -1)
-        return model.encoder.dropout(torch.cat([token, tokens], dim=1) + model.encoder.pos_embedding)
-
-    def class_token(x: Tensor) -> Tensor:
-        return x[:, 0]
-
     own = (model.class_token, model.encoder.pos_embedding, *model.conv_proj.parameters())
-    body = [Part("embedding", [embed], own)]
+    body = [Part("embedding", [_Embedding(model)], own)]
     body += [Part(f"layer{number}", [layer]) for number, layer in enumerate(model.encoder.layers)]
-    return Layout(body, [model.encoder.ln, class_token, model.heads])
+    return Layout(body, [model.encoder.ln, _class_token, model.heads])
 
 
 def _vit_cut(_model: Any, stages: int, _channels: int) -> list[Change]:
