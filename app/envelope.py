@@ -50,6 +50,15 @@ class Deleted(Out):
     deleted: Literal[True] = True
 
 
+class FileOut(Out):
+    """A stored file: what it is, how long, and the digest of its bytes."""
+
+    name: str
+    media_type: str
+    bytes: int
+    sha256: str
+
+
 class FailureOut(Out):
     """Why a job, or the dataset or model that it was making, failed."""
 

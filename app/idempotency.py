@@ -62,8 +62,13 @@ class Once:
         if earlier is not None:
             raise Replayed(earlier)
 
-    def answer(self, made: Answer, *, location: str, hide: frozenset[str] = frozenset()) -> Answer:
-        """Set `Location` and store the answer, but for the fields in `hide`, in the transaction of what was made."""
+    def answer(
+        self, made: Answer, *, location: str, hide: frozenset[str] = frozenset(), status: int | None = None
+    ) -> Answer:
+        """Set `Location` and store the answer, but for the fields in `hide`, in the transaction of what was made.
+
+        `status` is given where it is not the route's usual one.
+        """
         headers = {"Location": location}
         self._response.headers.update(headers)
         if self._slot is not None:
@@ -72,8 +77,8 @@ class Once:
                 for name, value in made.model_dump(mode="json", by_alias=True).items()
             }
             idempotency.finish(
-                self._session, self._slot, self._fingerprint, fingerprint=self._fingerprint, status=self._status,
-                body=body, headers=headers,
+                self._session, self._slot, self._fingerprint, fingerprint=self._fingerprint,
+                status=status or self._status, body=body, headers=headers,
             )  # fmt: skip
         return made
 

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -119,13 +119,19 @@ class Notifier:
 
         return leave
 
-    async def change(self, kind: Kind, id: str, *, since: str, timeout: float) -> None:
-        """Wait until the status is no longer `since`, the object is gone, the time is up, or the server ends."""
+    async def change(
+        self, kind: Kind, id: str, *, since: str, timeout: float, gone: Callable[[], Awaitable[bool]] | None = None
+    ) -> None:
+        """Wait until the status is no longer `since`, the object is gone, the time is up, or the server ends.
+
+        `gone` says whether the caller has hung up; it is asked every second.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout
         with self._watch(kind, id) as watched:
-            deadline = asyncio.get_running_loop().time() + timeout
             while not (self._closing or watched.gone or (watched.state and watched.state.status != since)):
-                left = deadline - asyncio.get_running_loop().time()
-                if left <= 0 or not await _wait(watched.changed, left):
+                left = deadline - clock()
+                if left <= 0 or (not await _wait(watched.changed, min(left, 1.0)) and gone and await gone()):
                     return
 
     async def lines(self, job_id: str, after: int, render: Render) -> AsyncIterator[bytes]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -23,23 +23,17 @@ _SHARED_OPTIONS = frozenset(Architecture.model_fields)
 _TRAINS = ("pretrain", "finetune")
 
 
-class Published(Protocol):
-    """A recipe as a worker published it; the table's row is one."""
+@dataclass(frozen=True)
+class Published:
+    """A recipe as a worker published it."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def tasks(self) -> list[Any]: ...
-    @property
-    def schema(self) -> Json: ...
-    @property
-    def defaults(self) -> Json: ...
-    @property
-    def requires(self) -> Json: ...
+    name: str
+    kind: str
+    version: str
+    tasks: Sequence[str]
+    schema: Json  # of the whole job body
+    defaults: Json
+    requires: Json
 
 
 @dataclass(frozen=True)
@@ -74,8 +68,9 @@ def unknown(what: str, name: str, known: Sequence[str], *, at: str) -> Detail:
 def refuse(details: Sequence[Detail]) -> Invalid:
     """Make the one error that carries these details."""
     first = details[0]
+    param = first.pointer.removeprefix("/").replace("/", ".") or None
     more = f" ({len(details) - 1} more in `details`)" if len(details) > 1 else ""
-    return Invalid(f"{first.pointer or 'body'}: {first.message}{more}", param=first.pointer or None, details=details)
+    return Invalid(f"{param or 'body'}: {first.message}{more}", param=param, details=details)
 
 
 def resolve(body: Json, recipe: Published, architectures: Architectures) -> Spec:
@@ -135,19 +130,13 @@ def _architecture(model: Architecture, architectures: Architectures) -> Architec
     described: Mapping[str, Any] = schema.get("properties", {})
     whole = model.model_dump(mode="json")
     own = {key: value for key, value in whole.items() if key not in _SHARED_OPTIONS or key in described}
-    details = [
-        Detail(pointer=f"/model{found.pointer}", message=found.message)
-        for found in schema_details(schema, own, also_known=_SHARED_OPTIONS)
-    ]
-    if details:
-        raise refuse(details)
-    return Architecture.model_validate(
-        whole | schema_defaults({"properties": {"own": schema}, **_defs(schema)}, own, "own")
-    )
-
-
-def _defs(schema: Mapping[str, Any]) -> Json:
-    return {"$defs": schema["$defs"]} if "$defs" in schema else {}
+    if str(model.weights).startswith("mdl_"):
+        own.pop("weights", None)  # a model of ours, which no schema can know
+    found = schema_details(schema, own, also_known=_SHARED_OPTIONS)
+    if found:
+        raise refuse([Detail(pointer=f"/model{one.pointer}", message=one.message) for one in found])
+    filled = schema_defaults({"properties": {"own": schema}, "$defs": schema.get("$defs", {})}, own, "own")
+    return Architecture.model_validate(filled | whole)
 
 
 def _missing(spec: Spec, recipe: Published) -> Iterable[Detail]:
@@ -192,7 +181,7 @@ def _check_data(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -> It
         )
         return
     if recipe.tasks and dataset["task"] not in recipe.tasks:
-        tasks = ", ".join(map(str, recipe.tasks))
+        tasks = ", ".join(recipe.tasks)
         yield Detail(
             pointer="/dataset",
             message=f"{recipe.name} works on {tasks}; the task of this dataset is {dataset['task']}.",
@@ -245,9 +234,10 @@ def _check_network(recipe: Published, network: Network) -> Iterable[Detail]:
         yield Detail(
             pointer=network.pointer("architecture"), message=f"{name} is a {facts.get('family')} network: {reason}."
         )
-    size, smallest, patch = options.get("image_size"), facts.get("min_image_size"), facts.get("patch")
-    patch = options.get("patch") or options.get("patch_size") or patch
-    if size is not None and smallest is not None and size < smallest:
+    size, smallest = options.get("image_size"), facts.get("min_image_size")
+    patch = options.get("patch") or facts.get("patch")
+    # The smallest size is that of the standard stem; what a small one takes is in the architecture's own schema.
+    if size is not None and smallest is not None and size < smallest and options.get("stem") != "small":
         yield Detail(
             pointer=network.pointer("image_size"),
             message=f"{name} needs images of at least {smallest} pixels, not {size}.",
@@ -259,16 +249,22 @@ def _check_network(recipe: Published, network: Network) -> Iterable[Detail]:
             pointer=network.pointer("image_size"),
             message=f"{name} cuts images into patches of {patch} pixels, which do not divide {size}: use {fits}.",
         )
-    keep, stages = options.get("keep_stages"), facts.get("stages")
+    keep, stages = options.get("keep_stages"), _stages(facts)
     if keep is not None and stages is not None and keep > stages:
         yield Detail(
             pointer=network.pointer("keep_stages"), message=f"{name} has {stages} stages; keep_stages cannot be {keep}."
         )
 
 
+def _stages(facts: Mapping[str, Any]) -> int | None:
+    """Give the number of stages, whether it was published as a number or as their names."""
+    stages: Any = facts.get("stages")
+    return len(cast(Sequence[Any], stages)) if isinstance(stages, list) else stages
+
+
 def _check_trainable(spec: Spec, network: Network) -> Iterable[Detail]:
     found = re.fullmatch(r"last:(\d+)", str(spec.params.get("trainable", "")))
-    stages = network.facts.get("stages")
+    stages = _stages(network.facts)
     if found is None or stages is None:
         return
     stages = min(stages, network.options.get("keep_stages") or stages)

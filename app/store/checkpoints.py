@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
+from app.domain.errors import NotFound
 from app.store import tables
 from app.store.ids import new_id
 
@@ -16,6 +17,18 @@ def of_job(session: Session, job_id: str) -> Sequence[tables.Checkpoint]:
     return session.scalars(
         select(tables.Checkpoint).where(tables.Checkpoint.job_id == job_id).order_by(tables.Checkpoint.id.desc())
     ).all()
+
+
+def find(session: Session, job_id: str, checkpoint_id: str) -> tables.Checkpoint:
+    """Give one checkpoint of a job.
+
+    Raises:
+        NotFound: the job has none of this id, or it was dropped for newer ones.
+    """
+    found = session.get(tables.Checkpoint, checkpoint_id)
+    if found is None or found.job_id != job_id:
+        raise NotFound("This job keeps no such checkpoint; GET …/checkpoints lists them.", code="no_such_checkpoint")
+    return found
 
 
 def exist(session: Session, job: tables.Job) -> bool:

@@ -7,6 +7,7 @@ from sqlalchemy import exists, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from app.domain.errors import Unavailable
 from app.store import tables
 from app.store.clock import Now
 
@@ -30,9 +31,17 @@ def publish(session: Session, catalogue: Mapping[str, Sequence[Json]]) -> None:
             )
 
 
-def any_published(session: Session) -> bool:
-    """Say whether a worker ever published anything."""
-    return bool(session.scalar(select(exists().where(tables.Recipe.name.is_not(None)))))
+def require_published(session: Session) -> None:
+    """Refuse to say anything about recipes while no worker has spoken yet.
+
+    Raises:
+        Unavailable: nothing was ever published.
+    """
+    if not session.scalar(select(exists().where(tables.Recipe.name.is_not(None)))):
+        raise Unavailable(
+            "No worker has published its recipes yet; start one, or try again in a moment.",
+            code="recipes_unavailable", retry_after=2,
+        )  # fmt: skip
 
 
 def every(session: Session) -> Sequence[tables.Recipe]:
