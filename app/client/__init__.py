@@ -17,7 +17,9 @@ from app.client.place import home_folder, server_key, server_url
 from app.client.projects import Projects
 from app.client.recipes import Recipes
 
-__all__ = ["ENDED", "Client", "ClientError", "Damaged", "Misplaced", "Refused", "Unreachable", "home_folder"]
+__all__ = [
+    "ENDED", "Client", "ClientError", "Damaged", "Misplaced", "Refused", "Unreachable", "answers", "home_folder",
+]  # fmt: skip
 
 
 class Client:
@@ -73,3 +75,11 @@ class Client:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def answers(base_url: str) -> bool:
+    """Say whether a server is up at this address; needs no key."""
+    try:
+        return httpx.get(f"{base_url}/healthz", timeout=2, trust_env=False).is_success
+    except httpx.TransportError:
+        return False

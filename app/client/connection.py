@@ -165,7 +165,7 @@ def _checked(response: httpx.Response) -> httpx.Response:
     if response.is_success:
         return response
     refusal = Refused(response.status_code, _error_body(response))
-    if response.status_code in _PASSING or refusal.code == "idempotency_in_progress":
+    if response.status_code in _PASSING or refusal.code == "idempotency_running":
         after = response.headers.get("Retry-After", "")
         raise Passing(refusal, float(after) if after.isdigit() else 0.0)
     raise refusal

@@ -1,7 +1,7 @@
 """Models over the API."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +41,14 @@ class Models:
         """Give its files."""
         return self._connection.get(f"/v1/models/{model}/files")["data"]
 
-    def download(
-        self, model: str, folder: str | Path, *, advance: Callable[[str], Advance] | None = None
-    ) -> Sequence[Path]:
-        """Download its files and verify their digests; a call that was cut off is gone on with.
+    def fetch(self, model: str, file: File, folder: str | Path, *, advance: Advance | None = None) -> Path:
+        """Download one file and verify its digest; a call that was cut off is gone on with."""
+        path = f"/v1/models/{model}/files/{file['name']}"
+        return fetch_file(self._connection, path, file, Path(folder), advance=advance)
 
-        `advance` is asked once per file, by name, for the callback to tell.
-        """
-        target = Path(folder)
-        return [
-            fetch_file(
-                self._connection, f"/v1/models/{model}/files/{file['name']}", file, target,
-                advance=advance(file["name"]) if advance else None,
-            )
-            for file in self.files(model)
-        ]  # fmt: skip
+    def download(self, model: str, folder: str | Path) -> Sequence[Path]:
+        """Download all its files."""
+        return [self.fetch(model, file, folder) for file in self.files(model)]
 
     def import_(
         self,

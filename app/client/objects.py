@@ -187,6 +187,8 @@ class Worker(TypedDict):
     gpus: list[Json]
     versions: Json
     draining: bool
+    alive: bool
+    started_at: str
 
 
 ENDED = frozenset({"succeeded", "stopped", "failed", "cancelled"})

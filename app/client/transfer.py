@@ -16,7 +16,6 @@ from app.client.errors import Damaged, Misplaced
 from app.client.objects import File
 
 Advance = Callable[[int, int], None]  # (bytes so far, bytes in all)
-_PIECE = 1 << 20
 
 
 class Counted:
@@ -119,7 +118,8 @@ def _fill(connection: Connection, path: str, part: Path, total: int, advance: Ad
                         have = 0
                         out.truncate(0)
                         out.seek(0)
-                    for piece in response.iter_raw(_PIECE):
+                    # Without a size: gathering pieces would lose what came before a cut.
+                    for piece in response.iter_raw():
                         out.write(piece)
                         have += len(piece)
                         patience.renew()

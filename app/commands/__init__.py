@@ -1,0 +1,1 @@
+"""The commands of `tuneyard`, one file per noun."""

@@ -1,0 +1,78 @@
+"""What this machine can compute with, seen from outside: torch is asked in a process of its own, never imported."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+_PROBE = """
+import json, torch, torchvision
+cuda = torch.cuda.is_available()
+print(json.dumps({
+    "capability": torch.backends.cpu.get_cpu_capability(),
+    "onednn": torch.backends.mkldnn.is_available(),
+    "threads": torch.get_num_threads(),
+    "gpus": [torch.cuda.get_device_properties(i).name for i in range(torch.cuda.device_count())] if cuda else [],
+    "gpu_bf16": bool(cuda and torch.cuda.is_bf16_supported()),
+}))
+"""
+
+
+def installed(package: str) -> str | None:
+    """Give the installed version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def wanted_torch() -> str | None:
+    """Give the torch version that the installed torchvision was built for: it loads with no other."""
+    for line in requires("torchvision") or ():
+        if found := re.match(r"torch\s*\(?==\s*([0-9.]+)", line):
+            return found[1]
+    return None
+
+
+def probe() -> dict[str, Any] | str:
+    """Import torch and torchvision in a fresh process and give what it sees, or the last line of what went wrong."""
+    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def cpu_flags() -> frozenset[str]:
+    """Give the processor's feature flags, or none where they cannot be read."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def cores() -> float:
+    """Give the cores that this process may use: its affinity, or less where a container's quota says so."""
+    available = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            return min(available, float(quota) / float(period))
+    return available
+
+
+def driver_gpus() -> list[str]:
+    """Give the GPUs that the NVIDIA driver sees, whether or not torch can use them."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
