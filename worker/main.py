@@ -49,6 +49,7 @@ class Idle:
     def __init__(self, host: Host, dispatch: Callable[[Source, bool], None]) -> None:
         self._host, self._dispatch = host, dispatch
         self._poked = threading.Event()
+        self._offered = False
         self._failing: dict[str, str] = {}
         settings = host.settings
         self._duties: list[tuple[str, float, Callable[[], None]]] = [
@@ -63,6 +64,12 @@ class Idle:
     def start(self) -> None:
         """Begin, in a thread that ends with the process: a draining worker still beats."""
         threading.Thread(target=self._run, name="idle", daemon=True).start()
+
+    def offer(self) -> None:
+        """There is a warm trainer: be listed as a worker from now on, and look for work."""
+        self._offered = True
+        self._due["beat"] = 0.0
+        self.poke()
 
     def poke(self, _job_id: str = "", _internal: bool = False) -> None:
         """There may be work: poll now."""
@@ -97,6 +104,8 @@ class Idle:
 
     def _beat(self) -> None:
         host = self._host
+        if not self._offered:  # whoever sees a worker in the list may count on it
+            return
         with transaction(host.engine) as session:
             workers.beat(
                 session, host.worker, host=socket.gethostname(), slots=host.slots.training, busy=host.slots.busy,
@@ -148,7 +157,7 @@ def serve(settings: Settings, *, command: Sequence[str] = COMMAND) -> int:
         with transaction(engine) as session:
             recipes.publish(session, catalogue)
         log.info("catalogue published", recipes=len(catalogue["recipes"]))
-        idle.poke()
+        idle.offer()
 
     def announce(job_id: str, internal: bool) -> None:
         publisher.wake(job_id, internal=internal)
