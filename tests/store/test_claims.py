@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
-from app.domain.errors import Failure
+from app.domain.errors import Failure, UserFault
 from app.domain.jobs import Actor, Status, Wanted
 from app.store import checkpoints, claims, events, life, sweeps, tables
 from app.store.blobs import Blobs, Stored
@@ -165,11 +165,10 @@ class TestClaim:
 
 
 def _every_write(held: Held, blob: Stored) -> dict[str, Callable[[Session], Any]]:
-    plan = {"plan": {}, "fingerprint": {}}
-    saved = {"epoch": 0, "metrics": {}, "best": False, "bytes": blob.bytes, "sha256": blob.sha256}
+    saved: dict[str, Any] = {"epoch": 0, "metrics": {}, "best": False, "bytes": blob.bytes, "sha256": blob.sha256}
     return {
         "heartbeat": lambda session: claims.heartbeat(session, held, lease_seconds=30),
-        "begin": lambda session: claims.begin(session, held, **plan),
+        "begin": lambda session: claims.begin(session, held, plan={}, fingerprint={}),
         "write_metrics": lambda session: claims.write_metrics(session, held, [("train/loss", 1, 0.5)]),
         "write_event": lambda session: claims.write_event(session, held, code="x", message="x"),
         "write_checkpoint": lambda session: claims.write_checkpoint(session, held, step=1, **saved),
@@ -547,8 +546,6 @@ class TestChildren:
         [({"recipe": "image_classification"}, "child_key"), ({"child_key": "a", "recipe": "magic"}, "magic")],
     )
     def test_a_wrong_spec_is_the_users_fault(self, engine: Engine, held: Held, body: dict[str, Any], says: str) -> None:
-        from app.domain.errors import UserFault
-
         with pytest.raises(UserFault, match=says), transaction(engine) as session:
             claims.insert_children(session, held, [body])
 
