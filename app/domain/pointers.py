@@ -70,10 +70,9 @@ def _explain_alternatives(error: Any, also_known: Sequence[str]) -> Iterable[Det
     for below in error.context:
         branches.setdefault(below.schema_path[0], []).append(below)
     depth = len(error.absolute_path)
-    kinds = ("type", "const", "enum")
     meant = [
         errors for errors in branches.values()
-        if not any(below.validator in kinds and len(below.absolute_path) == depth for below in errors)
+        if not any(len(below.absolute_path) == depth and _is_of_another_kind(below) for below in errors)
     ]  # fmt: skip
     if len(meant) == 1:
         for below in meant[0]:
@@ -91,6 +90,13 @@ def _explain_alternatives(error: Any, also_known: Sequence[str]) -> Iterable[Det
             messages.append(_shorten(str(first.message)))
     wanted = " or ".join(dict.fromkeys(messages))
     yield Detail(pointer=pointer(error.absolute_path), message=f"{_shorten(repr(error.instance))} is not {wanted}.")
+
+
+def _is_of_another_kind(error: Any) -> bool:
+    if error.validator in ("enum", "const"):
+        allowed = error.validator_value if error.validator == "enum" else [error.validator_value]
+        return not any(type(item) is type(error.instance) for item in allowed)
+    return error.validator == "type"
 
 
 def _kinds(kind: Any) -> str:

@@ -19,6 +19,7 @@ from app.domain.spec import Architecture, Optimizer, Spec
 Json = dict[str, Any]
 Architectures = Mapping[str, Mapping[str, Any]]  # facts by name
 
+_SPEC_SCHEMA = Spec.model_json_schema()
 _SHARED_OPTIONS = frozenset(Architecture.model_fields)
 _TRAINS = ("pretrain", "finetune")
 
@@ -82,8 +83,11 @@ def resolve(body: Json, recipe: Published, architectures: Architectures) -> Spec
     if details := not_finite(body):
         raise refuse(details)
     merged = merge(recipe.defaults, body)
-    if details := schema_details(recipe.schema, merged):
-        raise refuse(details)
+    found = schema_details(recipe.schema, merged) + schema_details(_SPEC_SCHEMA, merged)
+    if found:
+        raise refuse(
+            sorted({detail.pointer: detail for detail in reversed(found)}.values(), key=lambda detail: detail.pointer)
+        )
     try:
         spec = Spec.model_validate(merged)
     except ValidationError as error:
@@ -204,6 +208,7 @@ def _check_data(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -> It
         yield Detail(
             pointer="/dataset", message=f"{recipe.name} needs at least {least} training samples; there are {samples}."
         )
+        return
     yield from _check_batch(spec, recipe, samples)
 
 
