@@ -50,10 +50,10 @@ CELLS: dict[Status, tuple[Move | str, Move | str, Move | str, Move | str]] = {
     Status.STARTING: (asks(Wanted.CANCEL), asks(Wanted.STOP), asks(Wanted.PAUSE), asks(Wanted.RUN)),
     Status.RUNNING: (asks(Wanted.CANCEL), asks(Wanted.STOP), asks(Wanted.PAUSE), asks(Wanted.RUN)),
     Status.PAUSED: (CANCEL, END_WELL, asks(Wanted.PAUSE), Move(status=Status.QUEUED, wanted=Wanted.RUN)),
-    Status.SUCCEEDED: (REFUSED,) * 4,
-    Status.STOPPED: (REFUSED,) * 4,
-    Status.FAILED: (REFUSED,) * 4,
-    Status.CANCELLED: (REFUSED,) * 4,
+    Status.SUCCEEDED: (REFUSED, REFUSED, REFUSED, REFUSED),
+    Status.STOPPED: (REFUSED, REFUSED, REFUSED, REFUSED),
+    Status.FAILED: (REFUSED, REFUSED, REFUSED, REFUSED),
+    Status.CANCELLED: (REFUSED, REFUSED, REFUSED, REFUSED),
 }  # fmt: skip
 
 
