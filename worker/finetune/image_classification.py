@@ -133,11 +133,11 @@ class Classifier(nn.Module):
         return {"logits": self._logits(batch)}
 
     def parameter_groups(self, training: Any) -> list[dict[str, Any]]:  # noqa: ARG002 (the contract's argument)
-        """One pair of groups per stage: the learning rate falls with the distance from the head (layer decay)."""
-        groups = _groups(self.head.parameters(), 1.0)
+        """One group per stage: the learning rate falls with the distance from the head (layer decay)."""
+        groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "lr_scale": 1.0}]
         for distance, stage in enumerate(reversed(self._stages), start=1):
             scale = self.params.backbone_learning_rate_scale * self.params.layer_decay**distance
-            groups += _groups(stage.parameters(), scale)
+            groups.append({"params": list(stage.parameters()), "lr_scale": scale})
         return groups
 
     def sample_weights(self, labels: Tensor) -> Tensor | None:
@@ -190,13 +190,6 @@ def _class_weights(counts: Sequence[int]) -> Tensor:
     numbers = torch.tensor(counts, dtype=torch.float32)
     seen = numbers > 0
     return torch.where(seen, numbers.sum() / (numbers.clamp(min=1) * seen.sum()), 0.0)
-
-
-def _groups(parameters: Any, scale: float) -> list[dict[str, Any]]:
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    # Biases and norms are not decayed, as everywhere since fixup and timm.
-    sides = [(1.0, [p for p in trained if p.dim() > 1]), (0.0, [p for p in trained if p.dim() <= 1])]
-    return [{"params": params, "lr_scale": scale, "weight_decay_scale": decay} for decay, params in sides if params]
 
 
 def build(params: ClassificationParams, backbone: nn.Module, info: Info) -> Classifier:

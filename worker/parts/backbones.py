@@ -6,7 +6,6 @@ belongs in the same state dict, `backbone.head_bias` whether that head has a bia
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast, get_type_hints
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from app.domain.errors import UserFault
 from worker.parts import small_networks
-from worker.parts.families import FAMILIES, Change, Family, Layout, Part, Step
+from worker.parts.families import AUXILIARY, FAMILIES, Change, Family, Layout, Part, Step
 from worker.parts.weights import pretrained_state
 
 SMALL = ("small_cnn", "mlp", "small_vit")
@@ -258,8 +257,10 @@ def _torchvision(architecture: Mapping[str, Any], *, channels: int, image_size: 
     dimension = int(getattr(head, "in_features", 0) or getattr(head, "in_channels", 0))
     apply_change(network, Change(family.head, nn.Identity()))
     if isinstance(network, tv.SqueezeNet):
-        # Its last layer is followed by a ReLU, which would clip the logits, and pooled afterwards.
+        # Its last layer is a convolution whose output is clipped by a ReLU and pooled; here the features are pooled.
+        change("classifier.0", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Dropout(0.5)))
         change("classifier.2", nn.Identity())
+        change("classifier.3", nn.Identity())
     if architecture.get("weights") is not None:
         if name == "small_vit":
             _refuse_weights(architecture)
@@ -349,7 +350,7 @@ def _load_published(network: nn.Module, family: Family, architecture: Mapping[st
     name, weights = architecture["architecture"], architecture["weights"]
     state = pretrained_state(name, weights)
     prefix = f"{family.head}."
-    state = {key: value for key, value in state.items() if not re.match(r"(aux\d|AuxLogits)\.", key)}
+    state = {key: value for key, value in state.items() if not AUXILIARY.match(key)}
     state = {key: value for key, value in state.items() if not key.startswith(prefix)}
     if isinstance(network, tv.VisionTransformer):
         state = dict(

@@ -4,6 +4,7 @@ Facts of other people's code, so they are data: a change of a network is a list 
 the module and printed in a model card as the line of Python that repeats it.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -302,9 +303,12 @@ def _maxvit_cut(_model: Any, stages: int, channels: int) -> list[Change]:
     return [Change("blocks", stages - 1), Change("classifier", tail)]
 
 
+AUXILIARY = re.compile(r"(aux\d|AuxLogits)\.")
+
+
 def _no_aux(_image_size: int) -> dict[str, Any]:
     # Auxiliary heads train against the classes, so a backbone without a head has none.
-    return {"aux_logits": False, "transform_input": False, "init_weights": True}
+    return {"aux_logits": False, "init_weights": True}
 
 
 FAMILIES: dict[type[nn.Module], Family] = {
