@@ -153,18 +153,21 @@ WaitSeconds = Annotated[
 ]
 
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key", min_length=1, max_length=255, pattern=r"^[!-~]+$",
+        description="The same key and body give the stored answer again, for 24 hours.",
+    ),
+]  # fmt: skip
+
+
 def _once(
     request: Request,
     response: Response,
     session: SessionDep,
     principal: PrincipalDep,
-    key: Annotated[
-        str | None,
-        Header(
-            alias="Idempotency-Key", min_length=1, max_length=255, pattern=r"^[!-~]+$",
-            description="The same key and body give the stored answer again, for 24 hours.",
-        ),
-    ] = None,
+    key: IdempotencyKey = None,
 ) -> Once:  # fmt: skip
     return Once(
         session, response, project_id=principal.project_id, route=f"{request.method} {request.url.path}", key=key,

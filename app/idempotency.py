@@ -1,15 +1,19 @@
 """`Idempotency-Key` on creating calls: short ones within their own transaction, uploads around it."""
 
+import asyncio
 import hashlib
 import json
 import secrets
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import Response
 from pydantic import BaseModel
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from app.database import Database
 from app.store import idempotency
 from app.store.tables import Idempotency
 
@@ -83,46 +87,63 @@ class Once:
         return made
 
 
-@dataclass(frozen=True)
 class Reservation:
-    """A long creating call, whose fingerprint is known only at its end. `earlier` is its answer of an earlier time."""
+    """One long creating call, such as an upload, whose fingerprint is known only at its end."""
 
-    slot: idempotency.Slot
-    token: str
-    earlier: Idempotency | None
-
-    @classmethod
-    def take(cls, session: Session, *, project_id: str, route: str, key: str) -> "Reservation":
-        """Reserve the key, in a transaction of its own.
-
-        Raises:
-            Conflict: the first call is still running.
-        """
-        slot, token = (project_id, route, key), secrets.token_hex(32)
-        return cls(slot, token, idempotency.reserve(session, slot, token))
+    def __init__(self, slot: idempotency.Slot | None, token: str, earlier: Idempotency | None) -> None:
+        self._slot, self._token, self._earlier = slot, token, earlier
 
     def compare(self, asked: str) -> None:
-        """Give the earlier answer, now that the fingerprint is known.
+        """Give the earlier answer, if there is one, now that the fingerprint is known.
 
         Raises:
             Replayed: this was answered before.
             Invalid: the key was used for another body.
         """
-        if self.earlier is not None:
-            idempotency.check(self.earlier, asked)
-            raise Replayed(self.earlier)
+        if self._earlier is not None:
+            idempotency.check(self._earlier, asked)
+            raise Replayed(self._earlier)
 
-    def touch(self, session: Session) -> None:
-        """Say that the call still runs."""
-        idempotency.touch(session, self.slot, self.token)
+    def answer(
+        self, session: Session, response: Response, made: Answer, *, asked: str, status: int, location: str
+    ) -> Answer:
+        """Set `Location` and store the answer in the transaction that did the work."""
+        headers = {"Location": location}
+        response.headers.update(headers)
+        if self._slot is not None:
+            idempotency.finish(
+                session, self._slot, self._token, fingerprint=asked, status=status,
+                body=made.model_dump(mode="json", by_alias=True), headers=headers,
+            )  # fmt: skip
+        return made
 
-    def finish(self, session: Session, *, asked: str, status: int, body: Any, headers: dict[str, str]) -> None:
-        """Store the answer in the transaction that did the work."""
-        idempotency.finish(
-            session, self.slot, self.token, fingerprint=asked, status=status, body=body, headers=headers
-        )  # fmt: skip
 
-    def drop(self, session: Session) -> None:
-        """Free the key after a failure."""
-        if self.earlier is None:
-            idempotency.drop(session, self.slot, self.token)
+@asynccontextmanager
+async def reserved(database: Database, *, project_id: str, route: str, key: str | None) -> AsyncIterator[Reservation]:
+    """Hold an Idempotency-Key while a long call runs; a failure frees it, so that the call can be tried again.
+
+    Raises:
+        Conflict: the first call with this key is still running.
+    """
+    if key is None:
+        yield Reservation(None, "", None)
+        return
+    slot, token = (project_id, route, key), secrets.token_hex(32)
+    earlier = await database.run(lambda session: idempotency.reserve(session, slot, token))
+    if earlier is not None:
+        yield Reservation(slot, token, earlier)
+        return
+    alive = asyncio.create_task(_stay_alive(database, slot, token))
+    try:
+        yield Reservation(slot, token, None)
+    finally:
+        alive.cancel()
+        # After success there is nothing left to drop: the row has its answer.
+        await asyncio.shield(database.run(lambda session: idempotency.drop(session, slot, token)))
+
+
+async def _stay_alive(database: Database, slot: idempotency.Slot, token: str) -> None:
+    while True:
+        await asyncio.sleep(idempotency.ABANDONED_SECONDS / 3)
+        with suppress(OperationalError):  # a busy database; there are two more tries before anybody takes over
+            await database.run(lambda session: idempotency.touch(session, slot, token))

@@ -9,6 +9,10 @@ DatasetTask = Literal["image_classification", "unlabelled_images"]
 OnError = Literal["skip", "fail"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+# `digits` comes with scikit-learn and needs no network; the others are fetched by torchvision.
+Builtin = Literal[
+    "digits", "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn", "stl10"
+]  # fmt: skip
 
 
 class DatasetStatus(StrEnum):
