@@ -55,15 +55,21 @@ class Models:
         path: str | Path,
         name: str,
         *,
-        architecture: Json,
+        architecture: Json | str,
         classes: Sequence[str] | None = None,
         advance: Advance | None = None,
         **fields: Any,
     ) -> Model:
-        """Bring in a safetensors file; it is checked against the architecture by a job, see `wait`."""
-        given: dict[str, Any] = {"name": name, "architecture": json.dumps(architecture), **fields}
-        if classes is not None:
-            given["classes"] = json.dumps(classes)
+        """Bring in a safetensors file; it is checked against the architecture by a job, see `wait`.
+
+        Further fields: `head`, `channels`, `mean`, `std`, `interpolation`, `tags`, `description`.
+        """
+        asked = {"name": name, "architecture": architecture, "classes": classes, **fields}
+        given = {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in asked.items()
+            if value is not None
+        }
         return post_file(self._connection, "/v1/models", Path(path), given, advance=advance)
 
     def wait(self, model: str, *, timeout: float | None = None) -> Model:
