@@ -97,7 +97,7 @@ def resolve(body: Json, recipe: Published, architectures: Architectures) -> Spec
     if isinstance(spec.training.optimizer, str):
         changes["training"] = spec.training.model_copy(update={"optimizer": Optimizer(name=spec.training.optimizer)})
     if isinstance(spec.model, Architecture):
-        changes["model"] = _architecture(spec.model, architectures)
+        changes["model"] = architecture(spec.model, architectures, at="/model")
     spec = spec.model_copy(update=changes)
     if details := list(_missing(spec, recipe)):
         raise refuse(details)
@@ -125,11 +125,17 @@ def _are_alternatives(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return any(key in one and one[key] != other.get(key, one[key]) for key in ("architecture", "name"))
 
 
-def _architecture(model: Architecture, architectures: Architectures) -> Architecture:
-    """Check an architecture's name and its own options by its published schema, and fill in their defaults."""
+def architecture(model: Architecture, architectures: Architectures, *, at: str) -> Architecture:
+    """Check an architecture's name and its own options by its published schema, and fill in their defaults.
+
+    `at` is where the request describes it.
+
+    Raises:
+        Invalid: with one detail for each value to correct.
+    """
     facts = architectures.get(model.architecture)
     if facts is None:
-        raise refuse([unknown("architecture", model.architecture, list(architectures), at="/model/architecture")])
+        raise refuse([unknown("architecture", model.architecture, list(architectures), at=f"{at}/architecture")])
     schema: Json = facts.get("schema") or {"type": "object", "additionalProperties": False}
     described: Mapping[str, Any] = schema.get("properties", {})
     whole = model.model_dump(mode="json")
@@ -138,7 +144,7 @@ def _architecture(model: Architecture, architectures: Architectures) -> Architec
         own.pop("weights", None)  # a model of ours, which no schema can know
     found = schema_details(schema, own, also_known=_SHARED_OPTIONS)
     if found:
-        raise refuse([Detail(pointer=f"/model{one.pointer}", message=one.message) for one in found])
+        raise refuse([Detail(pointer=f"{at}{one.pointer}", message=one.message) for one in found])
     filled = schema_defaults({"properties": {"own": schema}, "$defs": schema.get("$defs", {})}, own, "own")
     return Architecture.model_validate(filled | whole)
 
@@ -254,22 +260,27 @@ def _check_network(recipe: Published, network: Network) -> Iterable[Detail]:
             pointer=network.pointer("image_size"),
             message=f"{name} cuts images into patches of {patch} pixels, which do not divide {size}: use {fits}.",
         )
-    keep, stages = options.get("keep_stages"), _stages(facts)
+    keep, stages = options.get("keep_stages"), _stages(network)
     if keep is not None and stages is not None and keep > stages:
         yield Detail(
             pointer=network.pointer("keep_stages"), message=f"{name} has {stages} stages; keep_stages cannot be {keep}."
         )
 
 
-def _stages(facts: Mapping[str, Any]) -> int | None:
-    """Give the number of stages, whether it was published as a number or as their names."""
-    stages: Any = facts.get("stages")
+def _stages(network: Network) -> int | None:
+    """Give the number of stages, whether it was published as a number or as their names, or follows from an option."""
+    option = network.facts.get("stages_from")
+    given: Any = network.options.get(option) if option else None
+    if given is not None:
+        # The embedding of a transformer is a stage of its own.
+        return len(cast(Sequence[Any], given)) if isinstance(given, list | tuple) else int(given) + 1
+    stages: Any = network.facts.get("stages")
     return len(cast(Sequence[Any], stages)) if isinstance(stages, list) else stages
 
 
 def _check_trainable(spec: Spec, network: Network) -> Iterable[Detail]:
     found = re.fullmatch(r"last:(\d+)", str(spec.params.get("trainable", "")))
-    stages = _stages(network.facts)
+    stages = _stages(network)
     if found is None or stages is None:
         return
     stages = min(stages, network.options.get("keep_stages") or stages)

@@ -223,7 +223,7 @@ def remove(session: Session, project_id: str, job_id: str) -> None:
     )
     if heir is not None:
         raise Conflict(f"The job {heir} goes on from a checkpoint of this one; delete this when it has ended.",
-                       code="job_in_use", status=job.status)  # fmt: skip
+                       code="in_use", status=job.status, job=heir)  # fmt: skip
     _drop(session, ids)
     for one in doomed:
         one.deleted_at = session.scalar(select(Now()))

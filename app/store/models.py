@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import ColumnElement, delete, func, or_, select
+from sqlalchemy import ColumnElement, delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, NotFound
-from app.domain.jobs import TERMINAL
+from app.domain.jobs import TERMINAL, Kind, Status
 from app.domain.models import ModelConfig, ModelStatus
-from app.store import owned, tables
+from app.store import jobs, owned, tables, uploads
 from app.store.clock import Now
 from app.store.ids import new_id
 from app.store.page import Page, read
@@ -47,6 +47,34 @@ def publish(
     )
     session.flush()
     return model.id
+
+
+def begin_import(
+    session: Session,
+    project_id: str,
+    upload: tables.Upload,
+    *,
+    name: str,
+    tags: Sequence[str],
+    description: str,
+    spec: tables.Json,
+    max_attempts: int,
+    max_queued_jobs: int,
+) -> tables.Model:
+    """Insert a model that is being imported, and the internal job that checks its weights; `spec` describes them."""
+    job = tables.Job(
+        id=new_id("job"), project_id=project_id, name=f"Import {name}"[:200], recipe="import_model", recipe_version="1",
+        kind=Kind.INTERNAL, internal=True, status=Status.QUEUED, spec=spec, max_attempts=max_attempts,
+    )  # fmt: skip
+    jobs.insert(session, job, max_queued_jobs=max_queued_jobs)
+    model = tables.Model(
+        id=new_id("mdl"), project_id=project_id, job_id=job.id, upload_id=upload.id, status=ModelStatus.PROCESSING,
+        tags=list(tags), description=description,
+        lineage={"job": job.id, "dataset": None, "base_model": None, "recipe": None, "recipe_version": None},
+    )  # fmt: skip
+    insert(session, model, name=name)
+    session.refresh(model)
+    return model
 
 
 def insert(session: Session, model: tables.Model, *, name: str) -> None:
@@ -185,7 +213,16 @@ def remove(session: Session, project_id: str, model_id: str) -> None:
         .limit(1)
     )
     if user is not None:
-        raise Conflict(f"The job {user} needs this model; cancel it, or wait until it has ended.", code="model_in_use",
-                       status=model.status)  # fmt: skip
+        raise Conflict(
+            f"The job {user} needs this model; wait for it or cancel it first.", code="in_use", status=model.status,
+            job=user,
+        )  # fmt: skip
     session.execute(delete(tables.ModelFile).where(tables.ModelFile.model_id == model_id))
-    model.deleted_at = session.scalar(select(Now()))
+    upload_id = model.upload_id
+    session.execute(
+        update(tables.Model)
+        .where(tables.Model.id == model_id)
+        .values(deleted_at=Now(), upload_id=None, metrics={}, tags=[], description="")
+    )
+    if upload_id is not None:
+        uploads.drop_unused(session, upload_id)
