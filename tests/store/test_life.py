@@ -193,9 +193,12 @@ class TestMove:
         assert wake == []
 
     def test_a_move_that_is_rolled_back_never_happened(self, engine: Engine, job: tables.Job) -> None:
-        with pytest.raises(ZeroDivisionError):
-            act(engine, job, lambda session, fresh: life.move(session, fresh, Status.CANCELLED, actor=Actor.API))
+        def step(session: Session, fresh: tables.Job) -> None:
+            life.move(session, fresh, Status.CANCELLED, actor=Actor.API)
             raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            act(engine, job, step)
         assert look(engine, job).status == "queued"
         assert [event.number for event in log(engine, job)] == [1]
 
