@@ -407,7 +407,7 @@ class Run:
             after = claims.finish(
                 session, self._held, Status(finished.outcome), result=finished.result, metrics=finished.metrics,
                 best=finished.best, model_id=model_id,
-                files=[claims.File(made.name, made.media_type, stored.bytes, stored.sha256) for made, stored in files],
+                files=[(made.name, made.media_type, stored.bytes, stored.sha256) for made, stored in files],
             )  # fmt: skip
             return after, model_id
 

@@ -125,7 +125,8 @@ def stage(
         job=job.id, attempt=job.attempt, kind=cast("Kind", job.kind), recipe=job.recipe, spec=job.spec, plan=job.plan,
         fingerprint=inputs.fingerprint, dataset=dataset, model=model, upload=upload,
         upload_name=inputs.upload[1] if inputs.upload else None, checkpoint=str(state) if checkpoint else None,
-        children=inputs.children, scratch=str(scratch.folder), cache=str(cache), cache_bytes=settings.cache_bytes, threads=threads, device=device,
+        children=inputs.children, scratch=str(scratch.folder), cache=str(cache), cache_bytes=settings.cache_bytes,
+        threads=threads, device=device,
         limits=Limits(
             max_entries=settings.max_entries, max_entry_bytes=settings.max_entry_bytes,
             max_unpacked_bytes=settings.max_unpacked_bytes, max_ratio=settings.max_ratio,

@@ -95,9 +95,9 @@ def serve(control: socket.socket, trainer: Main, published: Published) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, which ends us by closing the socket
     gc.collect()
     gc.freeze()  # keeps the collector from touching, and so copying, the pages that all trainers share
-    _send(control, {"ready": published})
     children: set[int] = set()
     try:
+        _send(control, {"ready": published})
         while True:
             readable, _, _ = select.select([control, wakened], [], [])
             if wakened in readable:

@@ -1,0 +1,184 @@
+"""A trainer without torch that speaks the real wire, and goes wrong on demand: for fast tests of the supervisor.
+
+Its "training" is a chain of digests, so that the weights of a resumed run equal those of an uninterrupted one exactly
+when the supervisor handed over the right checkpoint. `spec["params"]["fake"]` says how long it runs and how it fails.
+As a program it is a zygote: `python -m tests.fakes <descriptor>`.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict
+
+from app.domain.errors import Failure
+from app.domain.models import ModelConfig
+from worker import zygote
+from worker.report import (
+    Failed,
+    Finished,
+    MadeFile,
+    MadeModel,
+    Metrics,
+    Order,
+    Outcome,
+    Progress,
+    Reporter,
+    Saved,
+)  # fmt: skip
+
+COMMAND = (sys.executable, "-m", "tests.fakes")
+
+
+class Fake(BaseModel):
+    """How the fake trainer behaves. A fault with a step happens in attempts up to `faulty_attempts`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = 10
+    step_seconds: float = 0.0
+    checkpoint_every: int = 5
+    faulty_attempts: int = 1
+    kill_at: int | None = None  # SIGKILL to itself
+    signal: int = signal.SIGKILL
+    exit_at: int | None = None
+    exit_code: int = 3
+    hang_at: int | None = None
+    garbage_at: int | None = None
+    fail_at: int | None = None
+    failure: dict[str, Any] | None = None
+    silent_end: bool = False  # exits with 0 and says nothing
+    deaf: bool = False  # does not do what is wanted
+    output_bytes: int = 0
+    child_seconds: float = 0.0  # leaves a child of its own behind
+    escape: bool = False  # names a file outside scratch
+    metrics_per_step: int = 1
+    save_bytes: int = 0
+
+
+def published() -> dict[str, list[dict[str, Any]]]:
+    """Give a catalogue as worker.catalogue does."""
+    from tests.factories import ARCHITECTURES, RECIPES
+
+    return {
+        "recipes": [dict(recipe) for recipe in RECIPES],
+        "architectures": [{"name": name, "facts": facts} for name, facts in ARCHITECTURES.items()],
+    }
+
+
+def digest_after(steps: int, seed: int = 0) -> str:
+    """Give the digest that `steps` steps lead to: what the weights hold in the end."""
+    state = str(seed)
+    for step in range(steps):
+        state = _next(state, step)
+    return state
+
+
+def _next(state: str, step: int) -> str:
+    return hashlib.sha256(f"{state} {step}".encode()).hexdigest()
+
+
+def main(order_path: str, connection: socket.socket) -> int:
+    """Run an order."""
+    order = Order.model_validate_json(Path(order_path).read_text())
+    reporter = Reporter(connection, silence_seconds=order.silence_seconds)
+    fake = Fake.model_validate(order.spec.get("params", {}).get("fake", {}))
+    faulty = order.attempt <= fake.faulty_attempts
+    seed = order.spec.get("training", {}).get("seed", 0)
+    step, state = 0, str(seed)
+    if order.checkpoint is not None:
+        saved = json.loads(Path(order.checkpoint).read_text())
+        step, state = saved["step"], saved["state"]
+    if faulty and fake.child_seconds:
+        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({fake.child_seconds})"])
+    if fake.output_bytes:
+        print("x" * fake.output_bytes, flush=True)
+    reporter.planned(
+        order.plan or {"threads": order.threads, "made_in_attempt": order.attempt}, {"machine": "fake"}, exact=True
+    )
+    reporter.event("trainer.began", f"Begins at step {step}.", step=step, environment=sorted(os.environ))
+    outcome: Outcome = "succeeded"
+    while step < fake.steps:
+        if faulty:
+            _go_wrong(fake, step, reporter, connection)
+        state, step = _next(state, step), step + 1
+        time.sleep(fake.step_seconds)
+        rows = tuple(
+            (f"train/metric{index}" if index else "train/loss", step, 1.0 / step)
+            for index in range(fake.metrics_per_step)
+        )
+        reporter.send(Metrics(rows=rows))
+        reporter.send(Progress(phase="train", fraction=step / fake.steps, step=step, steps=fake.steps))
+        wanted = "run" if fake.deaf else reporter.wanted
+        if wanted == "cancel":
+            reporter.send(Finished(outcome="cancelled"))
+            return 0
+        if wanted != "run" or (step % fake.checkpoint_every == 0 and step < fake.steps):
+            _save(order, reporter, step, state, fake.save_bytes)
+        if wanted != "run":
+            outcome = cast("Outcome", {"pause": "paused", "drain": "drained", "stop": "stopped"}[wanted])
+            break
+    if faulty and fake.silent_end:
+        return 0
+    model = _model(order, state) if outcome in ("succeeded", "stopped") else None
+    files = (MadeFile(name="table.json", file="table.json", media_type="application/json"),) if model else ()
+    if model:
+        (Path(order.scratch) / "table.json").write_text("[]")
+    if fake.escape:
+        files = (MadeFile(name="passwd", file="../../../../../../etc/passwd", media_type="text/plain"),)
+    reporter.send(
+        Finished(
+            outcome=outcome, result={"steps": step}, metrics={"train/loss": 1.0 / max(step, 1)}, model=model,
+            best={"metric": "train/loss", "value": 1.0 / max(step, 1), "step": step}, files=files,
+        )
+    )  # fmt: skip
+    return 0
+
+
+def _go_wrong(fake: Fake, step: int, reporter: Reporter, connection: socket.socket) -> None:
+    if step == fake.kill_at:
+        os.kill(os.getpid(), fake.signal)
+        time.sleep(10)
+    if step == fake.exit_at:
+        print("about to exit", flush=True)
+        os._exit(fake.exit_code)
+    if step == fake.hang_at:
+        time.sleep(3600)
+    if step == fake.garbage_at:
+        connection.sendall(b'{"type": "nonsense"}\n')
+        time.sleep(3600)
+    if step == fake.fail_at:
+        reporter.send(Failed(error=Failure.model_validate(fake.failure)))
+        os._exit(0)
+
+
+def _save(order: Order, reporter: Reporter, step: int, state: str, padding: int) -> None:
+    path = Path(order.scratch) / f"checkpoint-{step}"
+    path.write_text(json.dumps({"step": step, "state": state, "padding": " " * padding}))
+    reporter.send(Saved(file=path.name, step=step, epoch=0, metrics={"train/loss": 1.0 / step}, best=False))
+
+
+def _model(order: Order, state: str) -> MadeModel:
+    scratch = Path(order.scratch)
+    (scratch / "model.safetensors").write_text(state)
+    (scratch / "config.json").write_text("{}")
+    config = ModelConfig(
+        architecture={"architecture": "small_cnn"}, task="image_classification", classes=("cat", "dog"), image_size=32,
+        mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+    )  # fmt: skip
+    files = tuple(
+        MadeFile(name=name, file=name, media_type=media_type)
+        for name, media_type in (("model.safetensors", "application/octet-stream"), ("config.json", "application/json"))
+    )
+    return MadeModel(config=config, parameters=1, metrics={"train/loss": 0.1}, files=files)
+
+
+if __name__ == "__main__":
+    sys.exit(zygote.serve(socket.socket(fileno=int(sys.argv[1])), main, published()))

@@ -1,0 +1,499 @@
+"""One attempt at a job, with a fake trainer that goes wrong on demand: every end leads to the right state."""
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sqlalchemy import Engine, select, update
+from sqlalchemy.exc import OperationalError
+
+import worker.lease
+import worker.wire
+from app.domain.jobs import Status
+from app.settings import Settings
+from app.store import tables
+from app.store.blobs import Blobs, open_blobs
+from app.store.session import make_engine, transaction
+from tests.databases import Copy, template
+from tests.factories import make_job, make_project
+from tests.fakes import COMMAND, digest_after
+from worker.run import Host, failure_of_death, oom_kills, work
+from worker.slots import Slots
+from worker.warm import Warm
+
+pytestmark = pytest.mark.worker
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    warm = Warm(cache=tmp_path_factory.mktemp("cache"), command=COMMAND)
+    warm.refresh()
+    assert warm.ready.wait(30)
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def copy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    return template(
+        request.param, tmp_path_factory.mktemp("databases"), lambda: request.getfixturevalue("postgres_server")
+    )
+
+
+@pytest.fixture
+def engine(copy: Copy) -> Iterator[Engine]:
+    engine = make_engine(copy(), pool_size=5)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def host(engine: Engine, tmp_path: Path, warm: Warm) -> Iterator[Host]:
+    settings = Settings(
+        home=tmp_path, heartbeat_seconds=0.3, fence_seconds=4, lease_seconds=6, progress_seconds=30, drain_seconds=5,
+    )  # fmt: skip  # pyright: ignore[reportCallIssue]
+    host = Host(
+        settings=settings, engine=engine, blobs=open_blobs(settings), slots=Slots(1), warm=warm, worker="wrk_test",
+        threads=1, announce=lambda _job, _internal: None,
+    )  # fmt: skip
+    yield host
+    assert host.slots.busy == 0
+    assert not host.runs
+    assert not list((tmp_path / "scratch").glob("*/*"))
+
+
+def submit(engine: Engine, *, columns: dict[str, Any] | None = None, **fake: Any) -> str:
+    with transaction(engine) as session:
+        spec = {"recipe": "image_classification", "params": {"fake": fake}}
+        return make_job(session, make_project(session), spec=spec, **(columns or {})).id
+
+
+def job_of(engine: Engine, job_id: str) -> tables.Job:
+    with transaction(engine, read_only=True) as session:
+        return session.get_one(tables.Job, job_id)
+
+
+def rows_of(engine: Engine, table: Any, job_id: str, order: Any) -> list[Any]:
+    with transaction(engine, read_only=True) as session:
+        return list(session.scalars(select(table).where(table.job_id == job_id).order_by(order)))
+
+
+def events_of(engine: Engine, job_id: str) -> list[tables.Event]:
+    return rows_of(engine, tables.Event, job_id, tables.Event.number)
+
+
+def attempts_of(engine: Engine, job_id: str) -> list[tables.Attempt]:
+    return rows_of(engine, tables.Attempt, job_id, tables.Attempt.attempt)
+
+
+def set_job(engine: Engine, job_id: str, **values: Any) -> None:
+    with transaction(engine) as session:
+        session.execute(update(tables.Job).where(tables.Job.id == job_id).values(**values))
+
+
+def again(host: Host, job_id: str) -> None:
+    """Run the next attempt now, whatever the back-off."""
+    set_job(host.engine, job_id, not_before=0.0)
+    assert work(host, "poll", internal=False) == 1
+
+
+def weights_of(engine: Engine, blobs: Blobs, job_id: str) -> str:
+    model = job_of(engine, job_id).model_id
+    with transaction(engine, read_only=True) as session:
+        row = session.get_one(tables.ModelFile, (model, "model.safetensors"))
+    return b"".join(blobs.open(row.sha256)).decode()
+
+
+def until(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+    return found
+
+
+@contextlib.contextmanager
+def running(host: Host, job_id: str, step: int = 2) -> Iterator["Future[int]"]:
+    """Run a job beside the test, from the moment on when its trainer has reported `step`."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work, host, "message", internal=False)
+        until(lambda: any(
+            "train/loss" in event.data.get("metrics", {}) and event.data["metrics"]["train/loss"][0] >= step
+            for event in events_of(host.engine, job_id)
+        ))  # fmt: skip
+        yield future
+        future.result(30)
+
+
+def trainer_of(host: Host, job_id: str) -> int:
+    wire = host.runs[job_id]._wire
+    assert wire is not None
+    return wire._trainer.pid
+
+
+def dead(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_job_runs_from_the_claim_to_its_model(host: Host) -> None:
+    job_id = submit(host.engine, steps=10)
+    assert work(host, "message", internal=False) == 1
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.attempt, job.lease_owner) == (Status.SUCCEEDED, 1, None)
+    assert job.plan == {"threads": 1, "made_in_attempt": 1}
+    assert job.result == {"steps": 10}
+    assert job.progress is not None
+    assert job.progress["step"] == 10
+    assert job.best == {"metric": "train/loss", "value": 0.1, "step": 10}
+    assert weights_of(host.engine, host.blobs, job_id) == digest_after(10)
+    metrics = rows_of(host.engine, tables.Metric, job_id, tables.Metric.step)
+    assert [row.step for row in metrics] == list(range(1, 11))
+    assert [row.name for row in rows_of(host.engine, tables.JobFile, job_id, tables.JobFile.name)] == ["table.json"]
+    (attempt,) = attempts_of(host.engine, job_id)
+    assert (attempt.source, attempt.outcome, attempt.fingerprint) == ("message", "succeeded", {"machine": "fake"})
+    events = events_of(host.engine, job_id)
+    assert [event.number for event in events] == list(range(1, len(events) + 1))
+    assert [event.code for event in events if event.type == "status"] == ["queued", "starting", "running", "succeeded"]
+    assert events[-1].type == "done"
+    checkpoint = rows_of(host.engine, tables.Checkpoint, job_id, tables.Checkpoint.step)[-1]
+    assert host.blobs.exists(checkpoint.sha256)
+
+
+def test_a_trainer_gets_no_credentials(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEYARD_ADMIN_KEY", "secret")
+    job_id = submit(host.engine, steps=1)
+    work(host, "poll", internal=False)
+    (began,) = [event for event in events_of(host.engine, job_id) if event.code == "trainer.began"]
+    assert "PATH" in began.data["environment"]
+    assert not [name for name in began.data["environment"] if name.startswith(("TUNEYARD", "AWS", "PG"))]
+
+
+def test_a_killed_trainer_is_a_system_failure_and_the_next_attempt_goes_on(host: Host) -> None:
+    job_id = submit(host.engine, steps=12, checkpoint_every=5, kill_at=8)
+    assert work(host, "message", internal=False) == 1
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.status_reason, job.losses) == (Status.QUEUED, "retrying", 1)
+    assert job.not_before > 0
+    (lost,) = attempts_of(host.engine, job_id)
+    assert lost.error is not None
+    assert (lost.error["code"], lost.error["class"]) == ("trainer_killed", "system")
+    again(host, job_id)
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.attempt, job.exact) == (Status.SUCCEEDED, 2, True)
+    assert job.plan == {"threads": 1, "made_in_attempt": 1}  # the first attempt's plan is used again
+    assert weights_of(host.engine, host.blobs, job_id) == digest_after(12)
+    metrics = rows_of(host.engine, tables.Metric, job_id, tables.Metric.step)
+    assert [row.step for row in metrics] == list(range(1, 13))
+    began = [event.data["step"] for event in events_of(host.engine, job_id) if event.code == "trainer.began"]
+    assert began == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("fake", "code"),
+    [
+        ({"exit_at": 3}, "trainer_exited"),
+        ({"kill_at": 3, "signal": int(signal.SIGSEGV)}, "trainer_crashed"),
+        ({"kill_at": 3, "signal": int(signal.SIGABRT)}, "trainer_crashed"),
+        ({"garbage_at": 3}, "protocol"),
+        ({"hang_at": 3}, "no_progress"),
+        ({"silent_end": True}, "trainer_exited"),
+        ({"escape": True}, "protocol"),
+    ],
+)
+def test_whatever_a_trainer_does_it_is_classed_and_tried_again(host: Host, fake: dict[str, Any], code: str) -> None:
+    host.settings = host.settings.model_copy(update={"progress_seconds": 1.5})
+    job_id = submit(host.engine, steps=6, **fake)
+    assert work(host, "poll", internal=False) == 1
+    job = job_of(host.engine, job_id)
+    (attempt,) = attempts_of(host.engine, job_id)
+    assert job.status == Status.QUEUED
+    assert attempt.error is not None
+    assert attempt.error["code"] == code
+    again(host, job_id)
+    if "escape" not in fake:
+        assert job_of(host.engine, job_id).status == Status.SUCCEEDED
+        assert weights_of(host.engine, host.blobs, job_id) == digest_after(6)
+
+
+def test_the_last_output_of_a_crash_is_kept(host: Host) -> None:
+    job_id = submit(host.engine, exit_at=1)
+    work(host, "poll", internal=False)
+    (output,) = [event for event in events_of(host.engine, job_id) if event.code == "trainer.output"]
+    assert "about to exit" in output.data["output"]
+
+
+def test_a_failure_that_the_trainer_names_is_final_unless_it_is_the_systems(host: Host) -> None:
+    failure = {"fault": "user", "code": "diverged", "message": "The loss is not finite at step 2."}
+    job_id = submit(host.engine, fail_at=2, failure=failure)
+    work(host, "poll", internal=False)
+    job = job_of(host.engine, job_id)
+    assert job.status == Status.FAILED
+    assert job.error is not None
+    assert (job.error["class"], job.error["code"]) == ("user", "diverged")
+    assert events_of(host.engine, job_id)[-1].type == "done"
+
+
+def test_three_losses_without_a_newer_checkpoint_end_the_job(host: Host) -> None:
+    job_id = submit(host.engine, steps=12, kill_at=3, faulty_attempts=99)
+    work(host, "poll", internal=False)
+    again(host, job_id)
+    again(host, job_id)
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.attempt) == (Status.FAILED, 3)
+    assert job.error is not None
+    assert job.error["code"] == "trainer_killed"
+
+
+def test_a_cancel_ends_trainer_and_job(host: Host) -> None:
+    job_id = submit(host.engine, steps=10_000, step_seconds=0.01)
+    with running(host, job_id):
+        trainer = trainer_of(host, job_id)
+        set_job(host.engine, job_id, wanted="cancel")
+        host.runs[job_id].poke()
+    assert job_of(host.engine, job_id).status == Status.CANCELLED
+    assert dead(trainer)
+    assert job_of(host.engine, job_id).model_id is None
+
+
+def test_a_cancel_is_heard_without_a_poke_and_kills_who_does_not_listen(host: Host) -> None:
+    job_id = submit(host.engine, steps=10_000, step_seconds=0.01, deaf=True)
+    with running(host, job_id):
+        trainer = trainer_of(host, job_id)
+        set_job(host.engine, job_id, wanted="cancel")
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    assert job_of(host.engine, job_id).status == Status.CANCELLED
+    assert dead(trainer)
+
+
+def test_pause_and_resume_lead_to_the_same_weights(host: Host) -> None:
+    job_id = submit(host.engine, steps=60, step_seconds=0.03, checkpoint_every=1000)
+    with running(host, job_id):
+        set_job(host.engine, job_id, wanted="pause")
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.losses) == (Status.PAUSED, 0)
+    (checkpoint,) = rows_of(host.engine, tables.Checkpoint, job_id, tables.Checkpoint.step)
+    assert 2 <= checkpoint.step < 60
+    set_job(host.engine, job_id, wanted="run", status="queued")
+    again(host, job_id)
+    assert job_of(host.engine, job_id).status == Status.SUCCEEDED
+    assert weights_of(host.engine, host.blobs, job_id) == digest_after(60)
+
+
+def test_a_stop_keeps_the_model(host: Host) -> None:
+    job_id = submit(host.engine, steps=10_000, step_seconds=0.01)
+    with running(host, job_id):
+        set_job(host.engine, job_id, wanted="stop")
+    job = job_of(host.engine, job_id)
+    assert job.status == Status.STOPPED
+    assert job.result is not None
+    assert weights_of(host.engine, host.blobs, job_id) == digest_after(job.result["steps"])
+
+
+def test_a_drain_hands_the_job_back_with_a_checkpoint(host: Host) -> None:
+    job_id = submit(host.engine, steps=60, step_seconds=0.03, checkpoint_every=1000)
+    with running(host, job_id):
+        host.drain()
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.status_reason, job.losses, job.lease_owner) == (Status.QUEUED, "drained", 0, None)
+    assert rows_of(host.engine, tables.Checkpoint, job_id, tables.Checkpoint.step)
+    assert work(host, "poll", internal=False) == 0  # a draining host takes nothing
+    host.draining.clear()
+    host.drain_at = float("inf")
+    again(host, job_id)
+    assert weights_of(host.engine, host.blobs, job_id) == digest_after(60)
+
+
+def test_a_drain_does_not_wait_for_who_does_not_listen(host: Host) -> None:
+    host.settings = host.settings.model_copy(update={"drain_seconds": 1.0})
+    job_id = submit(host.engine, steps=10_000, step_seconds=0.01, checkpoint_every=50, deaf=True)
+    with running(host, job_id):
+        began = time.monotonic()
+        host.drain()
+    assert time.monotonic() - began < 8
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.status_reason, job.losses) == (Status.QUEUED, "drained", 0)
+
+
+def test_nothing_is_written_once_another_attempt_holds_the_job(host: Host) -> None:
+    job_id = submit(host.engine, steps=10_000, step_seconds=0.01)
+    with running(host, job_id):
+        trainer = trainer_of(host, job_id)
+        with transaction(host.engine) as session:  # as a sweep and another worker's claim do
+            session.execute(
+                update(tables.Attempt).where(tables.Attempt.job_id == job_id).values(closed_at=1.0, outcome="lost")
+            )
+            session.execute(
+                update(tables.Job).where(tables.Job.id == job_id).values(attempt=2, lease_owner="wrk_other")
+            )
+            written = session.get_one(tables.Job, job_id).last_event
+    job = job_of(host.engine, job_id)
+    assert dead(trainer)
+    assert (job.status, job.attempt, job.lease_owner) == (Status.RUNNING, 2, "wrk_other")
+    assert job.last_event == written
+
+
+class Outage:
+    """A database that can be switched off for the lease's writes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.on = threading.Event()
+        self.refused = 0
+        self._transaction = worker.lease.transaction
+        monkeypatch.setattr(worker.lease, "transaction", self)
+
+    @contextlib.contextmanager
+    def __call__(self, engine: Engine, *, read_only: bool = False) -> Iterator[Any]:
+        if self.on.is_set():
+            self.refused += 1
+            raise OperationalError("select 1", {}, Exception("server closed the connection unexpectedly"))
+        with self._transaction(engine, read_only=read_only) as session:
+            yield session
+
+
+def test_a_short_outage_of_the_database_is_sat_out(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    outage = Outage(monkeypatch)
+    job_id = submit(host.engine, steps=150, step_seconds=0.02, checkpoint_every=10)
+    with running(host, job_id):
+        outage.on.set()
+        until(lambda: outage.refused >= 3)
+        outage.on.clear()
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.attempt) == (Status.SUCCEEDED, 1)
+    assert weights_of(host.engine, host.blobs, job_id) == digest_after(150)
+    metrics = rows_of(host.engine, tables.Metric, job_id, tables.Metric.step)
+    assert [row.step for row in metrics] == list(range(1, 151))
+
+
+def test_a_long_outage_kills_the_trainer_before_the_lease_ends(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    outage = Outage(monkeypatch)
+    host.settings = host.settings.model_copy(update={"fence_seconds": 1.0, "lease_seconds": 60.0})
+    job_id = submit(host.engine, steps=10_000, step_seconds=0.01, deaf=True)
+    with running(host, job_id):
+        trainer = trainer_of(host, job_id)
+        outage.on.set()
+        began = time.monotonic()
+        until(lambda: dead(trainer))
+        assert time.monotonic() - began < 3
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.attempt, job.lease_owner) == (Status.RUNNING, 1, "wrk_test")  # left to the lease
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(host: Host) -> None:
+    job_id = submit(host.engine, steps=20, checkpoint_every=5, kill_at=17)
+    work(host, "poll", internal=False)
+    checkpoints = rows_of(host.engine, tables.Checkpoint, job_id, tables.Checkpoint.step)
+    assert [checkpoint.step for checkpoint in checkpoints] == [10, 15]
+    path = host.blobs.path(checkpoints[-1].sha256)
+    assert path is not None
+    path.chmod(0o600)
+    path.write_bytes(b"bits that rotted")
+    again(host, job_id)
+    assert weights_of(host.engine, host.blobs, job_id) == digest_after(20)
+    events = events_of(host.engine, job_id)
+    assert [event.data["step"] for event in events if event.code == "trainer.began"] == [0, 10]
+    assert [event.message for event in events if event.code == "checkpoint.damaged"] == [
+        "The checkpoint of step 15 is damaged; the one before it is used."
+    ]
+    metrics = rows_of(host.engine, tables.Metric, job_id, tables.Metric.step)
+    assert [row.step for row in metrics] == list(range(1, 21))
+
+
+def test_a_full_disk_is_a_resource_failure(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(host.blobs, "put_file", full)
+    job_id = submit(host.engine, steps=10)
+    work(host, "poll", internal=False)
+    job = job_of(host.engine, job_id)
+    assert job.status == Status.FAILED
+    assert job.error is not None
+    assert (job.error["class"], job.error["code"]) == ("resource", "disk_full")
+
+
+def test_a_broken_supervisor_gives_the_job_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(host.blobs, "put_file", broken)
+    job_id = submit(host.engine, steps=10)
+    work(host, "poll", internal=False)
+    job = job_of(host.engine, job_id)
+    (attempt,) = attempts_of(host.engine, job_id)
+    assert job.status == Status.QUEUED
+    assert attempt.error is not None
+    assert attempt.error["code"] == "supervisor"
+
+
+def test_endless_output_is_cut(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.wire, "LOG_BYTES", 1000)
+    job_id = submit(host.engine, steps=10_000, step_seconds=0.01, output_bytes=100_000)
+    with running(host, job_id):
+        log = host.runs[job_id]._scratch.log
+        until(lambda: log.stat().st_size < 1000)
+        set_job(host.engine, job_id, wanted="cancel")
+    assert job_of(host.engine, job_id).status == Status.CANCELLED
+
+
+def test_one_host_runs_its_queue_in_order_without_waiting_for_polls(host: Host) -> None:
+    with transaction(host.engine) as session:
+        project = make_project(session)
+        spec = {"recipe": "image_classification", "params": {"fake": {"steps": 1}}}
+        ids = [make_job(session, project, spec=spec, priority=priority).id for priority in (0, 0, 5)]
+    assert work(host, "message", internal=False) == 3
+    finished = [job_of(host.engine, job_id).started_at for job_id in ids]
+    assert all(job_of(host.engine, job_id).status == Status.SUCCEEDED for job_id in ids)
+    assert finished[2] < finished[0] < finished[1]  # type: ignore[operator]
+    assert [attempts_of(host.engine, job_id)[0].source for job_id in ids] == ["poll", "poll", "message"]
+
+
+def test_without_a_free_slot_nothing_is_claimed(host: Host) -> None:
+    submit(host.engine)
+    seat = host.slots.take(internal=False)
+    assert work(host, "message", internal=False) == 0
+    host.slots.give_back(seat)
+    assert work(host, "message", internal=False) == 1
+
+
+def test_heartbeats_keep_the_lease_of_a_silent_but_living_run(host: Host) -> None:
+    host.settings = host.settings.model_copy(update={"fence_seconds": 1.0, "lease_seconds": 1.5})
+    job_id = submit(host.engine, steps=3, step_seconds=1.2)
+    assert work(host, "poll", internal=False) == 1
+    job = job_of(host.engine, job_id)
+    assert (job.status, job.attempt) == (Status.SUCCEEDED, 1)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "out_of_memory", "losses", "expected"),
+    [
+        (None, -9, False, 0, ("system", "trainer_killed", True)),
+        (None, -9, True, 0, ("system", "out_of_memory", True)),
+        (None, -9, True, 1, ("resource", "out_of_memory", False)),
+        (None, -11, False, 0, ("system", "trainer_crashed", True)),
+        (None, 0, False, 0, ("system", "trainer_exited", True)),
+        (None, None, False, 0, ("system", "trainer_killed", True)),
+        ("hung", -9, False, 0, ("system", "no_progress", True)),
+        ("protocol", -9, False, 0, ("system", "protocol", True)),
+    ],
+)
+def test_the_class_of_a_death(
+    verdict: Any, code: int | None, out_of_memory: bool, losses: int, expected: tuple[str, str, bool]
+) -> None:
+    failure = failure_of_death(verdict, code, out_of_memory=out_of_memory, losses=losses)
+    assert (failure.fault, failure.code, failure.retryable) == expected
+
+
+def test_the_kernels_count_of_memory_kills_is_read() -> None:
+    assert oom_kills() >= 0
+    assert isinstance(oom_kills(), int)
+    assert os.path.exists("/proc/vmstat")

@@ -1,0 +1,153 @@
+"""Warm trainers: a dead zygote is replaced, changed code is picked up, nothing secret is inherited."""
+
+import contextlib
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import worker.warm
+from app.domain.errors import SystemFault
+from tests.fakes import COMMAND
+from worker.report import Go, Limits, Order
+from worker.warm import KILLED, Trainer, Warm, clean_environment
+
+pytestmark = pytest.mark.worker
+
+
+@pytest.fixture
+def catalogues() -> "queue.Queue[Any]":
+    return queue.Queue()
+
+
+@pytest.fixture
+def warm(tmp_path: Path, catalogues: "queue.Queue[Any]") -> Iterator[Warm]:
+    warm = Warm(cache=tmp_path / "cache", command=COMMAND, on_ready=catalogues.put)
+    warm.refresh()
+    assert warm.ready.wait(30)
+    yield warm
+    warm.close()
+
+
+def start(warm: Warm, folder: Path, **fake: Any) -> Trainer:
+    folder.mkdir()
+    limits = Limits(max_entries=1, max_entry_bytes=1, max_unpacked_bytes=1, max_ratio=2, max_pixels=1)
+    order = Order(
+        job="a", attempt=1, kind="finetune", recipe="fake", spec={"params": {"fake": fake}}, scratch=str(folder),
+        cache=str(folder), cache_bytes=0, threads=1, limits=limits,
+    )  # fmt: skip
+    path = folder / "order.json"
+    path.write_text(order.model_dump_json())
+    trainer = warm.start(order=path, log_file=folder / "log", threads=1)
+    trainer.connection.sendall(Go().model_dump_json().encode() + b"\n")
+    return trainer
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_the_catalogue_arrives_and_trainers_start_and_end(
+    warm: Warm, catalogues: "queue.Queue[Any]", tmp_path: Path
+) -> None:
+    assert {recipe["name"] for recipe in catalogues.get(timeout=5)["recipes"]} >= {"image_classification"}
+    first, second = start(warm, tmp_path / "1", steps=2), start(warm, tmp_path / "2", exit_at=0, exit_code=9)
+    assert (first.wait(10), second.wait(10)) == (0, 9)
+    for trainer in (first, second):
+        trainer.kill()  # harmless by now
+        trainer.connection.close()
+
+
+def test_a_dead_zygote_ends_its_trainers_and_is_replaced(
+    warm: Warm, catalogues: "queue.Queue[Any]", tmp_path: Path
+) -> None:
+    catalogues.get(timeout=5)
+    trainer = start(warm, tmp_path / "1", hang_at=0)
+    with open(f"/proc/{trainer.pid}/stat", encoding="ascii") as file:
+        zygote = int(file.read().rpartition(")")[2].split()[1])
+    os.kill(zygote, signal.SIGKILL)
+    assert trainer.wait(5) == KILLED
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(trainer.pid).status() == psutil.STATUS_ZOMBIE  # dead, and not yet collected by init
+    trainer.connection.close()
+    assert catalogues.get(timeout=20)
+    assert warm.ready.wait(20)
+    again = start(warm, tmp_path / "2", steps=1)
+    assert again.wait(10) == 0
+    again.connection.close()
+
+
+def test_without_a_zygote_a_start_is_a_system_fault(warm: Warm, tmp_path: Path) -> None:
+    warm.close()
+    assert until(lambda: not warm.ready.is_set())
+    with pytest.raises(SystemFault, match="warm trainer"):
+        start(warm, tmp_path / "1")
+
+
+def test_changed_code_brings_a_new_zygote_and_spares_who_is_running(
+    warm: Warm, catalogues: "queue.Queue[Any]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogues.get(timeout=5)
+    old = start(warm, tmp_path / "1", steps=10_000, step_seconds=0.01)
+    warm.refresh()
+    assert catalogues.empty()  # nothing changed
+    monkeypatch.setattr(worker.warm, "code_signature", lambda: "edited")
+    warm.refresh()
+    assert catalogues.get(timeout=20)
+    new = start(warm, tmp_path / "2", steps=1)
+    assert new.wait(10) == 0
+    assert old.code is None  # it runs on under the code that it began with
+    retired = warm._zygote
+    old.kill()
+    assert old.wait(10) == KILLED
+    assert retired is not None
+    assert not retired.dead.is_set()
+    for trainer in (old, new):
+        trainer.connection.close()
+
+
+def test_a_zygote_that_cannot_start_is_tried_again_with_pauses(tmp_path: Path) -> None:
+    warm = Warm(cache=tmp_path, command=("/bin/sh", "-c", "exit 3"))
+    began = time.monotonic()
+    tries = 0
+    while time.monotonic() < began + 1.5:
+        before = warm._coming
+        warm.refresh()
+        tries += warm._coming is not before and warm._coming is not None
+        time.sleep(0.05)
+    assert not warm.ready.is_set()
+    assert tries == 1  # the next one is due two seconds after the first failed
+    warm.close()
+
+
+def test_a_trainer_inherits_no_credentials(tmp_path: Path) -> None:
+    source = {
+        "PATH": "/bin", "HOME": "/root", "LC_ALL": "C", "CUDA_HOME": "/cuda", "HTTPS_PROXY": "proxy",
+        "TUNEYARD_DATABASE_URL": "secret", "TUNEYARD_REDIS_URL": "secret", "TUNEYARD_ADMIN_KEY": "secret",
+        "AWS_SECRET_ACCESS_KEY": "secret", "PGPASSWORD": "secret", "REDIS_PASSWORD": "secret",
+    }  # fmt: skip
+    environment = clean_environment(source, tmp_path)
+    assert "secret" not in environment.values()
+    assert not any(name.startswith("TUNEYARD_") for name in environment)
+    assert {"PATH", "HOME", "LC_ALL", "CUDA_HOME", "HTTPS_PROXY"} <= set(environment)
+    assert environment["TORCH_HOME"].startswith(str(tmp_path))
+
+
+def test_the_signature_of_the_code_follows_a_changed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "__path__", [str(tmp_path)])
+    (tmp_path / "recipe.py").write_text("1")
+    before = worker.warm.code_signature()
+    assert worker.warm.code_signature() == before
+    os.utime(tmp_path / "recipe.py", (1, 1))
+    assert worker.warm.code_signature() != before

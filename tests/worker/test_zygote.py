@@ -1,0 +1,203 @@
+"""The zygote: forks quickly, tells how its children ended, leaves nothing behind, leaks nothing."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.fakes import COMMAND
+from worker.report import Go, Limits, Order, Tick
+
+pytestmark = pytest.mark.worker
+
+
+class Client:
+    """A bare client of the protocol, independent of worker.warm."""
+
+    def __init__(self, folder: Path, command: tuple[str, ...] = COMMAND) -> None:
+        self.folder = folder
+        self.control, theirs = socket.socketpair()
+        self.control.settimeout(60)
+        with theirs:
+            self.process = subprocess.Popen(
+                [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True,
+                env={"PATH": os.environ["PATH"], "OPENBLAS_NUM_THREADS": "1"},
+            )  # fmt: skip
+        self.lines = self.control.makefile("rb")
+
+    def answer(self) -> dict[str, Any]:
+        line = self.lines.readline()
+        return json.loads(line) if line else {}
+
+    def order(self, name: str, **fake: Any) -> socket.socket:
+        scratch = self.folder / name
+        scratch.mkdir()
+        limits = Limits(max_entries=1, max_entry_bytes=1, max_unpacked_bytes=1, max_ratio=2, max_pixels=1)
+        order = Order(
+            job=name, attempt=1, kind="finetune", recipe="fake", spec={"params": {"fake": fake}}, scratch=str(scratch),
+            cache=str(self.folder), cache_bytes=0, threads=1, limits=limits,
+        )  # fmt: skip
+        path = scratch / "order.json"
+        path.write_text(order.model_dump_json())
+        ours, theirs = socket.socketpair()
+        ours.settimeout(30)
+        request = {"order": str(path), "log": str(scratch / "log"), "threads": 1, "environment": {"GIVEN": "yes"}}
+        with theirs:
+            socket.send_fds(self.control, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
+        return ours
+
+    def close(self) -> None:
+        self.control.shutdown(socket.SHUT_RDWR)
+        self.process.wait(10)
+        self.lines.close()
+        self.control.close()
+
+
+@pytest.fixture
+def zygote(tmp_path: Path) -> Iterator[Client]:
+    client = Client(tmp_path)
+    assert client.answer()["ready"]["recipes"]
+    yield client
+    client.close()
+
+
+def go(wire: socket.socket) -> list[dict[str, Any]]:
+    """Let a trainer run to its end and give all that it said."""
+    wire.sendall(Go().model_dump_json().encode() + b"\n")
+    with wire, wire.makefile("rb") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def wait_until(condition: Any, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_a_trainer_is_forked_runs_and_its_end_is_told(zygote: Client) -> None:
+    wire = zygote.order("a", steps=3)
+    pid = zygote.answer()["pid"]
+    said = go(wire)
+    assert said[-1]["type"] == "finished"
+    assert zygote.answer() == {"pid": pid, "exit": 0}
+
+
+def test_codes_and_signals_are_told_apart(zygote: Client) -> None:
+    for name, fake, expected in (
+        ("exits", {"exit_at": 0, "exit_code": 7}, 7),
+        ("dies", {"kill_at": 0, "signal": int(signal.SIGSEGV)}, -signal.SIGSEGV),
+    ):
+        wire = zygote.order(name, **fake)
+        pid = zygote.answer()["pid"]
+        go(wire)
+        assert zygote.answer() == {"pid": pid, "exit": expected}
+    assert "about to exit" in (zygote.folder / "exits" / "log").read_text()
+    assert "Segmentation fault" in (zygote.folder / "dies" / "log").read_text()
+
+
+def test_a_trainer_leads_its_own_group_and_sees_no_descriptor_or_variable_but_its_own(zygote: Client) -> None:
+    other = zygote.order("other", steps=100, step_seconds=0.1)
+    other_pid = zygote.answer()["pid"]
+    wire = zygote.order("a", steps=100, step_seconds=0.1)
+    pid = zygote.answer()["pid"]
+    wire.sendall(Go().model_dump_json().encode() + b"\n")
+    with wire.makefile("rb") as lines:
+        said = [json.loads(lines.readline()) for _ in range(2)]
+    assert os.getpgid(pid) == pid
+    sockets = [name for name in os.listdir(f"/proc/{pid}/fd") if "socket" in os.readlink(f"/proc/{pid}/fd/{name}")]
+    assert len(sockets) == 1
+    assert "GIVEN" in said[1]["data"]["environment"]
+    os.killpg(pid, signal.SIGKILL)
+    os.killpg(other_pid, signal.SIGKILL)
+    assert {zygote.answer()["exit"], zygote.answer()["exit"]} == {-signal.SIGKILL}
+    wire.close()
+    other.close()
+
+
+def test_what_a_trainer_leaves_behind_in_its_group_is_killed(zygote: Client) -> None:
+    wire = zygote.order("a", steps=5, step_seconds=0.1, child_seconds=60)
+    pid = zygote.answer()["pid"]
+    wire.sendall(Go().model_dump_json().encode() + b"\n")
+    assert wait_until(lambda: psutil.Process(pid).children())
+    child = psutil.Process(pid).children()[0].pid
+    assert zygote.answer()["exit"] == 0
+    assert wait_until(lambda: gone(child))
+    wire.close()
+
+
+def test_the_end_of_the_control_socket_is_the_end_of_everything(zygote: Client) -> None:
+    wire = zygote.order("a", hang_at=0)
+    pid = zygote.answer()["pid"]
+    zygote.control.shutdown(socket.SHUT_RDWR)
+    assert zygote.process.wait(5) == 0
+    assert wait_until(lambda: gone(pid), 2)
+    wire.close()
+
+
+def test_a_killed_zygote_takes_its_trainers_along(zygote: Client) -> None:
+    wire = zygote.order("a", hang_at=0)
+    pid = zygote.answer()["pid"]
+    zygote.process.kill()
+    assert wait_until(lambda: gone(pid), 2)
+    wire.close()
+
+
+def test_a_killed_supervisor_leaves_no_orphan(tmp_path: Path) -> None:
+    # The supervisor's part is played by a process that holds both the control socket and the trainer's wire.
+    script = (
+        "import sys, time; from pathlib import Path; from tests.worker.test_zygote import Client\n"
+        "client = Client(Path(sys.argv[1])); client.answer(); wire = client.order('a', hang_at=0)\n"
+        "print(client.process.pid, client.answer()['pid'], flush=True); time.sleep(60)"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert supervisor.stdout is not None
+    zygote, trainer = map(int, supervisor.stdout.readline().split())
+    supervisor.kill()
+    supervisor.wait()
+    supervisor.stdout.close()
+    assert wait_until(lambda: gone(zygote) and gone(trainer), 2)
+
+
+def test_fifty_forks_in_a_row(zygote: Client) -> None:
+    began = time.monotonic()
+    for index in range(50):
+        wire = zygote.order(str(index), steps=1)
+        pid = zygote.answer()["pid"]
+        assert go(wire)[-1]["type"] == "finished"
+        assert zygote.answer() == {"pid": pid, "exit": 0}
+    assert time.monotonic() - began < 30
+
+
+def test_a_silent_supervisor_is_noticed_by_the_trainer(zygote: Client) -> None:
+    limits = Limits(max_entries=1, max_entry_bytes=1, max_unpacked_bytes=1, max_ratio=2, max_pixels=1)
+    order = Order(
+        job="a", attempt=1, kind="finetune", recipe="fake", spec={"params": {"fake": {"hang_at": 0}}},
+        scratch=str(zygote.folder), cache=str(zygote.folder), cache_bytes=0, threads=1, limits=limits,
+        silence_seconds=0.5,
+    )  # fmt: skip
+    path = zygote.folder / "order.json"
+    path.write_text(order.model_dump_json())
+    ours, theirs = socket.socketpair()
+    request = {"order": str(path), "log": str(zygote.folder / "log"), "threads": 1, "environment": {}}
+    with theirs:
+        socket.send_fds(zygote.control, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
+    pid = zygote.answer()["pid"]
+    ours.sendall(Tick(wanted="run").model_dump_json().encode() + b"\n")
+    assert zygote.answer() == {"pid": pid, "exit": 75}
+    ours.close()
