@@ -1,0 +1,33 @@
+"""A process that claims jobs until there are none; run by test_concurrency, which reads what it prints: its jobs."""
+
+import sys
+
+from sqlalchemy import select
+
+from app.domain.jobs import Status
+from app.store import claims, tables
+from app.store.session import make_engine, transaction
+
+
+def main(url: str, project_id: str, worker: str) -> None:
+    """Claim whatever there is; the test's jobs have the highest priority of the database."""
+    engine = make_engine(url)
+    while True:
+        with transaction(engine) as session:
+            found = claims.claim(
+                session, worker=worker, source="poll", internal=True, devices=frozenset({"cpu"}), gpus_free=0,
+                lease_seconds=1e6,
+            )  # fmt: skip
+            if found is None or found[1].project_id != project_id:
+                session.rollback()
+                break
+        held, _ = found
+        print(held.job_id, held.attempt)
+    with transaction(engine, read_only=True) as session:
+        left = select(tables.Job.id).where(tables.Job.project_id == project_id, tables.Job.status == Status.QUEUED)
+        assert session.scalars(left.limit(1)).first() is None
+    engine.dispose()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
