@@ -68,7 +68,8 @@ class View:
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Draw for every sample of `images` [batch, channels, height, width] and apply.
 
-        Gives uint8 when uint8 images were only moved, else float in [0, 1]. Draws depend on the generator and the batch size alone, never on the pixels.
+        Gives uint8 when uint8 images were only moved, else float in [0, 1]. Draws depend on the generator and the batch
+        size alone, never on the pixels.
         """
         if self.crop_padding:
             images = self._move(images, generator)

@@ -1,0 +1,112 @@
+"""Where training samples come from: rows of a source, a part of them, and what a run is given. Nothing here decodes."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from worker.recipe import Batch
+
+Prepare = Callable[[Batch, Generator], Batch]
+
+
+class Source(Protocol):
+    """Rows that can be read in any order."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [rows], -1 where there is no label."""
+        ...
+
+    @property
+    def slow(self) -> bool:
+        """Whether reading decodes, so that the next batches should be read ahead."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
+        """Give the rows of these numbers, int64 [batch]; `epoch` matters only where views of a sample are cached."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a source, with the labels that this run may see."""
+
+    source: Source
+    rows: Tensor  # int64 [n]
+    labels: Tensor  # int64 [n]
+
+    @property
+    def slow(self) -> bool:
+        """Whether reading decodes."""
+        return self.source.slow
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
+        """Give the rows of these numbers within the part."""
+        return {**self.source.batch(self.rows[rows], epoch), "label": self.labels[rows]}
+
+
+def part(source: Source, rows: Tensor, *, hidden: Tensor | None = None) -> Part:
+    """Take some rows of a source; `hidden` (bool [rows of the source]) are rows whose label this run must not see."""
+    labels = source.labels[rows]
+    if hidden is not None:
+        labels = torch.where(hidden[rows], -1, labels)
+    return Part(source, rows, labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is judged by."""
+
+    train: Source
+    validation: Source | None
+    test: Source | None
+    prepare: Prepare | None  # the recipe's `inputs`
+    mean: Tensor  # [channels], of pixels in [0, 1]
+    std: Tensor
+    probe: Source | None = None  # rows of the training split, without augmentation
+
+    def normalise(self, batch: Batch, device: torch.device) -> Batch:
+        """Move a batch to the device, and put every image in it to zero mean and unit deviation per channel."""
+        return {key: self._normalised(value, device) if key.startswith("image") else value.to(device, non_blocking=True)
+                for key, value in batch.items()}  # fmt: skip
+
+    def _normalised(self, images: Tensor, device: torch.device) -> Tensor:
+        images = images.to(device, non_blocking=True)
+        full = 255.0 if images.dtype == torch.uint8 else 1.0
+        # (x / full - mean) / std as one multiplication and one addition.
+        scale = (1 / (full * self.std)).to(device)[:, None, None]
+        shift = (-self.mean / self.std).to(device)[:, None, None]
+        return torch.addcmul(shift, images.float(), scale)
+
+
+def in_order(source: Source, size: int) -> Iterator[Tensor]:
+    """Give the row numbers of a source in batches, the last one smaller."""
+    return iter(torch.arange(len(source)).split(size))
+
+
+def ahead(
+    source: Source, batches: Iterator[Tensor], epoch: int = 0, *, depth: int = 3
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Read batches in this order, a few ahead on a thread of their own where the source is slow."""
+    if not source.slow:
+        for rows in batches:
+            yield rows, source.batch(rows, epoch)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        waiting: list[tuple[Tensor, Future[Batch]]] = []
+        for rows in batches:
+            waiting.append((rows, pool.submit(source.batch, rows, epoch)))
+            if len(waiting) > depth:
+                first, found = waiting.pop(0)
+                yield first, found.result()
+        for first, found in waiting:
+            yield first, found.result()

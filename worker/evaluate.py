@@ -1,0 +1,118 @@
+"""How good a run is: the validation and test split through an objective, and a probe of the features it has made."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worker.data.source import Data, Source, ahead, in_order
+from worker.parts import compute, metrics
+from worker.parts.seed import derive, generator
+from worker.parts.tuning import PROBE_ROWS, Plan
+from worker.recipe import Progress
+
+# Under these a representation tells its samples hardly apart: RankMe is 1 and the spread 0 for one single point.
+RANK_FLOOR = 1.2
+SPREAD_FLOOR = 0.02
+
+
+@contextmanager
+def evaluating(module: nn.Module, plan: Plan, device: torch.device) -> Iterator[None]:
+    """Eval mode without gradients, under the plan's autocast; back to training mode after."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), compute.autocast(plan, device):
+            yield
+    finally:
+        module.train(was_training)
+
+
+def outputs(module: nn.Module, source: Source, data: Data, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    """Run an objective's `evaluate` over a source: its per-sample tensors, and "label", on the CPU.
+
+    An objective without one gives the loss of its forward pass on inputs drawn as in training, the same every time.
+    """
+    evaluate: Callable[..., dict[str, Tensor]] | None = getattr(module, "evaluate", None)
+    collected: dict[str, list[Tensor]] = {}
+    with evaluating(module, plan, device):
+        for number, (rows, batch) in enumerate(ahead(source, in_order(source, max(plan.batch_size, 256)))):
+            if evaluate is None:
+                if len(rows) < plan.batch_size and number:
+                    continue  # a loss that couples its batch means something else on a small rest
+                if data.prepare is not None:
+                    batch = data.prepare(batch, generator(0, "validation", number))
+                torch.manual_seed(derive(0, "validation", number))
+                ready = compute.ready(data.normalise(batch, device), plan)
+                found = {"loss": module(ready, Progress(0, 1, 0, 1))["loss"].float().expand(len(rows))}
+            else:
+                found = evaluate(compute.ready(data.normalise(batch, device), plan))
+            for name, value in {**found, "label": batch["label"]}.items():
+                collected.setdefault(name, []).append(value.detach().cpu())
+    return {name: torch.cat(values) for name, values in collected.items()}
+
+
+def measure(found: dict[str, Tensor]) -> dict[str, float]:
+    """Turn per-sample tensors into numbers."""
+    numbers: dict[str, float] = {}
+    if "loss" in found:
+        numbers["loss"] = found["loss"].double().mean().item()
+    if "logits" in found and bool((found["label"] >= 0).any()):
+        numbers |= metrics.classification(found["logits"], found["label"])
+    return numbers
+
+
+def details(found: dict[str, Tensor], classes: tuple[str, ...]) -> dict[str, Any]:
+    """Give what is too much for a metric: numbers per class and the confusion matrix."""
+    if "logits" not in found or not classes or not bool((found["label"] >= 0).any()):
+        return {}
+    return metrics.per_class(found["logits"], found["label"], classes)
+
+
+def features(backbone: nn.Module, source: Source, data: Data, plan: Plan, device: torch.device) -> Tensor:
+    """Give the backbone's features of every row, without augmentation: float32 [rows, d] on the device."""
+    made: list[Tensor] = []
+    with evaluating(backbone, plan, device):
+        for _, batch in ahead(source, in_order(source, 256)):
+            images = data.normalise({"image": batch["image"]}, device)["image"]
+            made.append(backbone(compute.laid_out(images, plan)).float().flatten(1))
+    return torch.cat(made)
+
+
+def probe(backbone: nn.Module, data: Data, plan: Plan, device: torch.device) -> dict[str, float]:
+    """Look at the features of some training rows: rank, spread, and what k-NN and a linear layer read from them.
+
+    Four fifths of the labelled rows teach the two classifiers, the others are asked; the test split is not touched.
+    """
+    assert data.probe is not None
+    found = features(backbone, data.probe, data, plan, device)
+    numbers = {
+        "effective_rank": metrics.effective_rank(found),
+        "feature_spread": metrics.feature_spread(found),
+    }
+    labels = data.probe.labels.to(device)
+    known = labels >= 0
+    found, labels = found[known], labels[known]
+    held = torch.arange(len(labels), device=device) % 5 == 4
+    if len(torch.unique(labels[~held])) > 1 and bool(held.any()):
+        asked = (found[~held], labels[~held], found[held], labels[held])
+        numbers["knn_accuracy"] = metrics.knn_accuracy(*asked)
+        numbers["linear_accuracy"] = metrics.linear_probe_accuracy(*asked)
+    return numbers
+
+
+def collapsed(numbers: dict[str, float]) -> bool:
+    """Say whether a probe found a representation that tells its samples hardly apart."""
+    return numbers["effective_rank"] < RANK_FLOOR or numbers["feature_spread"] < SPREAD_FLOOR
+
+
+def probe_rows(count: int, seed: int) -> Tensor:
+    """Choose the training rows that are probed: a fixed random part, in a fixed random order."""
+    return torch.randperm(count, generator=generator(seed, "probe"))[:PROBE_ROWS]
+
+
+def lower_is_better(name: str) -> bool:
+    """Say which way a metric improves."""
+    return name.endswith(("loss", "error"))

@@ -1,0 +1,444 @@
+"""train(): the loop, top to bottom. Pretraining and fine-tuning share it; what differs lies in the objective.
+
+Two promises hold it together. Everything random is a function of (seed, step), so a run that was killed and resumed
+ends with the same bits. And no number is read back from the device within a step: losses gather in a window there and
+are looked at every `plan.log_every` steps, which is also when a loss that was not finite is found.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.errors import SystemFault, UserFault
+from app.domain.spec import Optimizer, Training
+from worker import evaluate
+from worker.checkpoint import Checkpoints, Contents
+from worker.data.source import Data, ahead
+from worker.parts import compute, optim, schedule
+from worker.parts.ema import Average
+from worker.parts.optim import Optimizers
+from worker.parts.seed import derive, generator
+from worker.parts.tuning import Plan
+from worker.recipe import Batch, Progress
+from worker.report import Metrics, Outcome, Reporter, Wish
+from worker.report import Progress as Shown
+
+SHOW_SECONDS = 1.0
+SAVE_SECONDS = 1.0  # at least, between checkpoints at the ends of epochs,
+SAVING_SHARE = 0.05  # of which no more than this goes into saving
+
+
+@dataclass
+class State:
+    """Where a run is, apart from the tensors: the JSON part of a checkpoint."""
+
+    step: int = 0
+    best: dict[str, Any] | None = None  # {"metric", "value", "step"}
+    waited: int = 0  # validations without improvement
+    metrics: dict[str, float | None] = field(default_factory=dict)  # the latest of each
+    ended_by: str | None = None
+    collapse_reported: bool = False
+    seconds: float | None = None  # kept only under max_seconds, so that other checkpoints hold no time
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended; the module holds the weights to keep."""
+
+    outcome: Outcome
+    ended_by: str  # epochs, early_stopping, max_seconds, or the wish
+    step: int
+    epoch: int
+    metrics: dict[str, float | None]
+    best: dict[str, Any] | None
+    seconds: float  # of this attempt
+    samples_per_second: float
+
+
+def train(
+    module: nn.Module, data: Data, training: Training, plan: Plan, device: torch.device, report: Reporter,
+    checkpoints: Checkpoints, *, kind: str = "finetune",
+) -> Result:  # fmt: skip
+    """Train `module`, an objective (see recipe.py), until its epochs are over or something else ends it.
+
+    Raises:
+        UserFault: the loss is not finite, or early stopping looks at a metric that this run does not have.
+    """
+    objective = cast(Any, module)
+    compute.settle(plan)
+    compute.place(module, plan, device)
+    named = objective.parameter_groups(training) if hasattr(module, "parameter_groups") else ()
+    optimizer = optim.build(optim.groups(module, named), Optimizer.model_validate(plan.optimizer))
+    decay = getattr(module, "ema_decay", None)
+    average = Average(module, decay) if decay else None
+    scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "float16")
+    state, window, best_weights = State(), Window(plan.log_every), dict[str, Tensor]()
+
+    saved = checkpoints.load()
+    if saved is not None:
+        state = _restore(saved, module, optimizer, average, scaler, window, best_weights)
+        report.event("train.resumed", f"Going on after step {state.step} of {plan.steps}.", step=state.step)
+    if plan.compile:
+        objective.backbone.compile()
+    module.train()
+    clock = Clock(plan, before=state.seconds or 0.0, start=state.step)
+    wish: Wish = "run"
+
+    def halted() -> bool:
+        nonlocal wish
+        wish = report.wanted
+        if training.max_seconds is not None and clock.used() >= training.max_seconds:
+            state.ended_by = state.ended_by or "max_seconds"
+        return wish != "run" or state.ended_by is not None
+
+    def save() -> None:
+        _refuse_non_finite(window, state, data, module, training, plan)
+        state.seconds = clock.used() if training.max_seconds is not None else None
+        contents = _contents(state, plan, module, optimizer, average, scaler, window, best_weights)
+        is_best = state.best is not None and state.best["step"] == state.step
+        with clock.saving():
+            epoch = state.step // plan.steps_per_epoch
+            checkpoints.save(contents, step=state.step, epoch=epoch, metrics=state.metrics, best=is_best)
+
+    def tell(numbers: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        state.metrics.update(finite)
+        report.send(Metrics(rows=tuple((name, state.step, value) for name, value in finite.items())))
+
+    while state.step < plan.steps and not halted():
+        epoch, position = divmod(state.step, plan.steps_per_epoch)
+        if position == 0 and hasattr(module, "before_epoch"):
+            torch.manual_seed(derive(training.seed, "epoch", epoch))
+            stale = objective.before_epoch(
+                lambda: evaluate.features(objective.backbone, data.train, data, plan, device), _progress(state, plan)
+            )
+            optimizer.reset(stale or ())
+        order = _order(module, data, training.seed, epoch)
+
+        for rows, batch in ahead(data.train, _batches(order, plan, position), epoch):
+            if halted():
+                break
+            progress = _progress(state, plan)
+            scales = objective.at_step(progress) if hasattr(module, "at_step") else {}
+            learning_rate = _learning_rate(state.step, training, plan) * scales.get("learning_rate", 1.0)
+            optimizer.schedule(learning_rate, training.weight_decay * scales.get("weight_decay", 1.0))
+
+            torch.manual_seed(derive(training.seed, "step", state.step))  # dropout, and whatever a recipe draws
+            draws = generator(training.seed, "inputs", state.step)
+            for part in _micro_batches(batch, len(rows), plan):
+                prepared = data.prepare(part, draws) if data.prepare is not None else part
+                ready = compute.ready(data.normalise(prepared, device), plan)
+                with compute.autocast(plan, device):
+                    losses: dict[str, Tensor] = module(ready, progress)
+                window.add(losses, share=1 / plan.accumulate)
+                scaler.scale(losses["loss"] / plan.accumulate).backward()
+            if hasattr(module, "after_backward"):
+                objective.after_backward(progress)
+            if scaler.is_enabled():
+                optimizer.unscale(scaler)
+            if training.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(optimizer.parameters, training.gradient_clip)
+            optimizer.step(scaler)
+            optimizer.zero_grad()
+            if hasattr(module, "after_step"):
+                objective.after_step(progress)
+            if average is not None:
+                average.update()
+            state.step += 1
+            window.close_step()
+
+            if state.step == clock.start + 1:
+                report.event("train.first_step", f"Step {state.step} of {plan.steps} is done.", step=state.step)
+            epoch_over = state.step % plan.steps_per_epoch == 0
+            if window.full or epoch_over:
+                _refuse_non_finite(window, state, data, module, training, plan)
+                tell({**window.means("train/"), "train/learning_rate": learning_rate})
+                window.clear()
+            if clock.should_show():
+                report.send(clock.shown(state.step))
+            if epoch_over:
+                with average.in_place() if average is not None else contextlib.nullcontext():
+                    numbers = _look(module, data, plan, device, epoch)
+                    tell(numbers)
+                    if _judge(numbers, state, training, kind):
+                        best_weights.update({key: value.clone() for key, value in module.state_dict().items()})
+                _report_collapse(numbers, state, report)
+            # The last one is written below, when everything about the end is known.
+            if (
+                state.step < plan.steps
+                and state.ended_by is None
+                and clock.should_save(training, state.step, epoch_over)
+            ):
+                save()
+
+    if state.step == plan.steps:
+        wish = "run"  # too late to wish for anything
+    if wish == "cancel" or (wish == "stop" and state.step == 0):
+        outcome: Outcome = "cancelled"
+    elif wish in ("pause", "drain"):
+        outcome = "paused" if wish == "pause" else "drained"
+        if state.step > clock.start:
+            save()
+    else:
+        outcome = "stopped" if wish == "stop" else "succeeded"
+        if wish == "run":
+            state.ended_by = state.ended_by or "epochs"
+        if state.step > clock.start:
+            save()
+        if average is not None:
+            average.keep()
+        if best_weights and (wish == "stop" or training.early_stopping is not None):
+            module.load_state_dict(best_weights)
+    report.send(clock.shown(state.step))
+    return Result(
+        outcome, state.ended_by or wish, state.step, state.step // plan.steps_per_epoch, state.metrics, state.best,
+        clock.used() - clock.before, clock.rate(state.step),
+    )  # fmt: skip
+
+
+def _progress(state: State, plan: Plan) -> Progress:
+    return Progress(state.step, plan.steps, state.step // plan.steps_per_epoch, plan.epochs)
+
+
+def _learning_rate(step: int, training: Training, plan: Plan) -> float:
+    # Half a step on, so that neither the first step of a warm-up nor the last of a decay is spent at zero.
+    fraction = (step + 0.5) / plan.steps
+    return plan.learning_rate * schedule.scale(training.schedule, fraction, training.warmup_fraction)
+
+
+def _order(module: nn.Module, data: Data, seed: int, epoch: int) -> Tensor:
+    """Draw the order of an epoch's samples: a permutation, or with replacement by the objective's weights."""
+    weigh = getattr(module, "sample_weights", None)
+    weights: Tensor | None = weigh(data.train.labels) if weigh is not None else None
+    draws = generator(seed, "order", epoch)
+    count = len(data.train)
+    if weights is None:
+        return torch.randperm(count, generator=draws)
+    return torch.multinomial(weights.double().cpu(), count, replacement=True, generator=draws)
+
+
+def _batches(order: Tensor, plan: Plan, position: int) -> Iterator[Tensor]:
+    """Cut an epoch's order into batches of one size, from `position` on; the rest comes in another epoch."""
+    for number in range(position, plan.steps_per_epoch):
+        yield order[number * plan.batch_size : (number + 1) * plan.batch_size]
+
+
+def _micro_batches(batch: Batch, size: int, plan: Plan) -> Iterator[Batch]:
+    if plan.accumulate == 1:
+        yield batch
+        return
+    for rows in torch.arange(size).chunk(plan.accumulate):
+        yield {key: value[rows] for key, value in batch.items()}
+
+
+def _look(module: nn.Module, data: Data, plan: Plan, device: torch.device, epoch: int) -> dict[str, float]:
+    """Measure at the end of an epoch: the validation split, and now and then the features."""
+    numbers: dict[str, float] = {}
+    if data.validation is not None:
+        found = evaluate.measure(evaluate.outputs(module, data.validation, data, plan, device))
+        numbers |= {f"validation/{name}": value for name, value in found.items()}
+    due = plan.probe_every and ((epoch + 1) % plan.probe_every == 0 or epoch + 1 == plan.epochs)
+    if due and data.probe is not None:
+        found = evaluate.probe(cast(Any, module).backbone, data, plan, device)
+        numbers |= {f"probe/{name}": value for name, value in found.items()}
+    return numbers
+
+
+def _judge(numbers: Mapping[str, float], state: State, training: Training, kind: str) -> bool:
+    """Say whether this is the best so far, by the metric of early stopping or else by what validation gives."""
+    wanted = training.early_stopping
+    known = {**state.metrics, **numbers}
+    if wanted is not None:
+        name, least = wanted.metric, wanted.min_delta
+        if name not in known and not name.startswith("probe/"):
+            raise UserFault(
+                f"training.early_stopping.metric: this run has no {name!r}; it has {', '.join(sorted(known))}.",
+                code="unknown_metric",
+            )
+    elif kind == "finetune":
+        name, least = next((n for n in ("validation/accuracy", "validation/loss") if n in numbers), ""), 0.0
+    else:
+        return False
+    value = numbers.get(name, None if name.startswith(("probe/", "validation/")) else state.metrics.get(name))
+    if value is None:
+        return False
+    before = state.best["value"] if state.best is not None else None
+    gain = math.inf if before is None else (before - value if evaluate.lower_is_better(name) else value - before)
+    better = gain > least if before is not None else math.isfinite(value)
+    if better:
+        state.best, state.waited = {"metric": name, "value": value, "step": state.step}, 0
+    else:
+        state.waited += 1
+    if wanted is not None and state.waited >= wanted.patience:
+        state.ended_by = "early_stopping"
+    return better
+
+
+def _report_collapse(numbers: Mapping[str, float], state: State, report: Reporter) -> None:
+    found = {name.removeprefix("probe/"): value for name, value in numbers.items() if name.startswith("probe/")}
+    if not found or state.collapse_reported or not evaluate.collapsed(found):
+        return
+    state.collapse_reported = True
+    report.event(
+        "representation.collapsed", "The features tell the samples hardly apart any more.", level="warning",
+        step=state.step, **found,
+    )  # fmt: skip
+
+
+class Window:
+    """The losses of the last few steps, on the device: [size, names]."""
+
+    def __init__(self, size: int) -> None:
+        self.names: list[str] = []
+        self._size, self._open, self._rows = size, None, list[Tensor]()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def full(self) -> bool:
+        return len(self._rows) >= self._size
+
+    def add(self, losses: Mapping[str, Tensor], *, share: float) -> None:
+        """Add a micro-batch's share to the step that is under way."""
+        self.names = self.names or sorted(losses)
+        row = torch.stack([losses[name].detach().float() for name in self.names]) * share
+        self._open = row if self._open is None else self._open + row
+
+    def close_step(self) -> None:
+        assert self._open is not None
+        self._rows.append(self._open)
+        self._open = None
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """Give the mean of every loss; reads from the device."""
+        values = self.values().double().mean(0).tolist()
+        return {f"{prefix}{name}": value for name, value in zip(self.names, values, strict=True)}
+
+    def first_not_finite(self) -> int | None:
+        """Give the first step of the window whose loss is not finite; reads from the device."""
+        if not self._rows:
+            return None
+        bad = ~self.values()[:, self.names.index("loss")].isfinite()
+        return int(bad.int().argmax()) if bool(bad.any()) else None
+
+    def values(self) -> Tensor:
+        """Give all rows: [steps, names]."""
+        return torch.stack(self._rows) if self._rows else torch.empty(0, len(self.names))
+
+    def load(self, values: Tensor, names: list[str], device: torch.device) -> None:
+        self.names, self._rows = names, list(values.to(device))
+
+    def clear(self) -> None:
+        self._rows.clear()
+
+
+def _refuse_non_finite(
+    window: Window, state: State, data: Data, module: nn.Module, training: Training, plan: Plan
+) -> None:
+    found = window.first_not_finite()
+    if found is None:
+        return
+    step = state.step - len(window) + found  # from 0
+    epoch, position = divmod(step, plan.steps_per_epoch)
+    order = _order(module, data, training.seed, epoch)
+    rows = order[position * plan.batch_size : (position + 1) * plan.batch_size]
+    samples = data.train.batch(rows, epoch)["index"].tolist()
+    rate = _learning_rate(step, training, plan)
+    raise UserFault(
+        f"The loss was not finite at step {step + 1} (learning rate {rate:.3g}); the batch held the samples "
+        f"{', '.join(map(str, samples[:32]))}{', …' if len(samples) > 32 else ''}.",
+        code="loss_not_finite", hint="Lower training.learning_rate, or set training.gradient_clip to 1.", phase="train",
+    )  # fmt: skip
+
+
+class Clock:
+    """What time is needed for: what the user sees, max_seconds, how often to save. It decides no bit of a weight."""
+
+    def __init__(self, plan: Plan, *, before: float, start: int) -> None:
+        self.before, self.start = before, start
+        self._plan, self._began, self._shown = plan, time.monotonic(), 0.0
+        self._saved, self._cost = -math.inf, 0.0
+
+    def used(self) -> float:
+        """Give the seconds of training over all attempts."""
+        return self.before + time.monotonic() - self._began
+
+    def rate(self, step: int) -> float:
+        """Give samples per second in this attempt."""
+        return (step - self.start) * self._plan.batch_size / max(time.monotonic() - self._began, 1e-9)
+
+    def should_show(self) -> bool:
+        return time.monotonic() - self._shown >= SHOW_SECONDS
+
+    def shown(self, step: int) -> Shown:
+        self._shown = time.monotonic()
+        plan, rate = self._plan, self.rate(step)
+        left = (plan.steps - step) * plan.batch_size
+        return Shown(
+            phase="train", fraction=step / plan.steps, step=step, steps=plan.steps,
+            epoch=min(step // plan.steps_per_epoch + 1, plan.epochs), epochs=plan.epochs,
+            samples_per_second=round(rate, 1), eta_seconds=round(left / rate, 1) if rate else None,
+        )  # fmt: skip
+
+    def should_save(self, training: Training, step: int, epoch_over: bool) -> bool:
+        if training.checkpoint_every != "epoch":
+            return step % training.checkpoint_every == 0
+        return epoch_over and time.monotonic() - self._saved >= max(SAVE_SECONDS, self._cost / SAVING_SHARE)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._saved = time.monotonic()
+        self._cost = self._saved - began
+
+
+def _contents(
+    state: State, plan: Plan, module: nn.Module, optimizer: Optimizers, average: Average | None,
+    scaler: torch.amp.GradScaler, window: Window, best_weights: Mapping[str, Tensor],
+) -> Contents:  # fmt: skip
+    tensors = {f"model.{name}": value for name, value in module.state_dict().items()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state().items()}
+    tensors |= {f"average.{name}": value for name, value in (average.weights if average else {}).items()}
+    if len(window):
+        tensors["window.values"] = window.values()
+    # Where the best weights are the present ones they need not be written twice.
+    best_is_here = state.best is not None and state.best["step"] == state.step and average is None
+    if not best_is_here:
+        tensors |= {f"best.{name}": value for name, value in best_weights.items()}
+    return Contents(tensors, {
+        "run": asdict(state), "plan": plan.model_dump(mode="json"), "scaler": scaler.state_dict(),
+        "average_updates": average.updates if average else 0, "window": window.names,
+        "best_is_here": bool(best_weights) and best_is_here,
+    })  # fmt: skip
+
+
+def _restore(
+    saved: Contents, module: nn.Module, optimizer: Optimizers, average: Average | None, scaler: torch.amp.GradScaler,
+    window: Window, best_weights: dict[str, Tensor],
+) -> State:  # fmt: skip
+    device = next(iter(module.parameters())).device
+    try:
+        state = State(**saved.state["run"])
+        module.load_state_dict(saved.part("model"))
+        optimizer.load_state(saved.part("optimizer"))
+        if average is not None:
+            average.load(saved.part("average"), saved.state["average_updates"])
+        if scaler.is_enabled():
+            scaler.load_state_dict(saved.state["scaler"])
+        window.load(saved.part("window").get("values", torch.empty(0)), saved.state["window"], device)
+        best = saved.part("model" if saved.state["best_is_here"] else "best")
+        best_weights.update({name: value.to(device).clone() for name, value in best.items()})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise SystemFault(
+            f"The checkpoint does not fit this run: {error}", code="checkpoint_does_not_fit",
+            hint="Start again with /retry, without the checkpoint.",
+        ) from error  # fmt: skip
+    return state

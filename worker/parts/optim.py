@@ -1,0 +1,206 @@
+"""Optimisers over parameter groups: fused where torch has it, no decay on norms and biases, Muon for filters too."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.spec import Optimizer
+
+# Weights that are positions or tokens rather than maps; timm leaves them out of weight decay too.
+_NEVER_DECAYED = ("pos_embedding", "class_token", "cls_token", "mask_token", "relative_position_bias_table")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share their scales."""
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    learning_rate_scale: float = 1.0
+    weight_decay_scale: float = 1.0
+
+
+def groups(module: nn.Module, wanted: Iterable[Mapping[str, Any]] = ()) -> list[Group]:
+    """Sort the trainable parameters into groups.
+
+    Args:
+        wanted: what a recipe's `parameter_groups` gave: `{"names" or "params", "lr_scale", "weight_decay_scale"}`;
+            parameters that it does not name keep scale 1. A name also stands for everything below it.
+
+    Vectors (biases, norms) and position embeddings are not decayed, whatever the recipe says.
+    """
+    own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    names_of = {id(parameter): name for name, parameter in own.items()}
+    scales = dict.fromkeys(own, (1.0, 1.0))
+    for entry in wanted:
+        scale = (float(entry.get("lr_scale", 1.0)), float(entry.get("weight_decay_scale", 1.0)))
+        for name in _names(entry, own, names_of):
+            scales[name] = scale
+    sorted_names: dict[tuple[float, float], list[str]] = {}
+    for name, (rate, decay) in scales.items():
+        spared = own[name].ndim < 2 or name.rpartition(".")[2] in _NEVER_DECAYED
+        sorted_names.setdefault((rate, 0.0 if spared else decay), []).append(name)
+    return [
+        Group(tuple(names), tuple(own[name] for name in names), rate, decay)
+        for (rate, decay), names in sorted_names.items()
+    ]
+
+
+def _names(entry: Mapping[str, Any], own: Mapping[str, nn.Parameter], names_of: Mapping[int, str]) -> list[str]:
+    if "params" in entry:
+        return [names_of[id(parameter)] for parameter in entry["params"] if id(parameter) in names_of]
+    wanted = tuple(entry["names"])
+    return [name for name in own if any(name == each or name.startswith(f"{each}.") for each in wanted)]
+
+
+class Optimizers:
+    """One optimiser, or Muon for matrices and filters beside AdamW for the rest, behind one face."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer], flat: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        self._parts, self._flat = list(parts), dict(flat)
+        self.parameters = [p for part in parts for group in part.param_groups for p in group["source"]]
+
+    def schedule(self, learning_rate: float, weight_decay: float) -> None:
+        """Set what every group uses in the next step: these values times the group's own scales."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate * group["learning_rate_scale"]
+                group["weight_decay"] = weight_decay * group["weight_decay_scale"]
+
+    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        """Undo the loss scaling of float16 before gradients are clipped."""
+        for part in self._parts:
+            scaler.unscale_(part)
+
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Update the weights from their gradients; under float16's scaler, unless a gradient overflowed."""
+        for parameter, flat in self._flat.items():
+            flat.grad = None if parameter.grad is None else _flatten(parameter.grad, like=parameter)
+        for part in self._parts:
+            if scaler is not None and scaler.is_enabled():
+                scaler.step(part)
+            else:
+                part.step()
+        if scaler is not None and scaler.is_enabled():
+            scaler.update()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def reset(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forget the state of some parameters."""
+        for parameter in parameters:
+            for part in self._parts:
+                part.state.pop(self._flat.get(parameter, parameter), None)
+
+    def state(self) -> dict[str, Tensor]:
+        """Give the whole state as tensors by `<number of the parameter>.<name>`."""
+        found: dict[str, Tensor] = {}
+        for number, (part, parameter) in enumerate(self._owned()):
+            for name, value in sorted(part.state.get(parameter, {}).items()):
+                if value is not None:
+                    found[f"{number}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`; layouts follow the parameters."""
+        owned = list(self._owned())
+        for part in self._parts:
+            part.state.clear()
+        for key, value in state.items():
+            number, _, name = key.partition(".")
+            part, parameter = owned[int(number)]
+            if value.shape == parameter.shape and value.ndim:
+                held = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            else:
+                # Adam's step count: fused kernels want it beside the parameter.
+                held = value.clone().to(parameter.device if part.defaults.get("fused") else "cpu")
+            part.state[parameter][name] = held
+
+    def _owned(self) -> Iterable[tuple[torch.optim.Optimizer, nn.Parameter]]:
+        return ((part, p) for part in self._parts for group in part.param_groups for p in group["params"])
+
+
+def build(found: Sequence[Group], optimizer: Optimizer) -> Optimizers:
+    """Make the optimiser of a run; learning rates and decay come with `schedule` before every step."""
+    make = _MAKERS[optimizer.name]
+    if optimizer.name != "muon":
+        return Optimizers([make(_torch_groups(found), optimizer)], {})
+    flat = {
+        parameter: shadow
+        for group in found
+        for name, parameter in zip(group.names, group.parameters, strict=True)
+        if (shadow := _shadow(name, parameter)) is not None
+    }
+    matrices = _torch_groups(found, keep=lambda parameter: parameter in flat, flat=flat)
+    rest = _torch_groups(found, keep=lambda parameter: parameter not in flat)
+    parts = [make(matrices, optimizer)] if matrices else []
+    return Optimizers([*parts, _adamw(rest, Optimizer(name="adamw"))] if rest else parts, flat)
+
+
+def _torch_groups(
+    found: Sequence[Group],
+    *,
+    keep: Callable[[nn.Parameter], bool] = lambda _: True,
+    flat: Mapping[nn.Parameter, nn.Parameter] | None = None,
+) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+    for group in found:
+        if own := [parameter for parameter in group.parameters if keep(parameter)]:
+            made.append({
+                "params": [flat[parameter] if flat and parameter in flat else parameter for parameter in own],
+                "source": own,
+                "learning_rate_scale": group.learning_rate_scale,
+                "weight_decay_scale": group.weight_decay_scale,
+            })  # fmt: skip
+    return made
+
+
+def _shadow(name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    """Give the same memory as a matrix [filters, the rest], because torch's Muon takes nothing else.
+
+    None for what AdamW should have: vectors, tokens, and the head, whose rows are classes rather than directions.
+    """
+    if parameter.ndim < 2 or name.startswith("head.") or name.rpartition(".")[2] in _NEVER_DECAYED:
+        return None
+    matrix = _flatten(parameter.detach(), like=parameter)
+    return nn.Parameter(matrix) if matrix.data_ptr() == parameter.data_ptr() else None
+
+
+def _flatten(tensor: Tensor, *, like: Tensor) -> Tensor:
+    if tensor.ndim == 2:
+        return tensor
+    if like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)  # the order of the columns does not matter to an orthogonal update
+    return tensor.reshape(len(tensor), -1)
+
+
+def _sgd(groups: list[dict[str, Any]], wanted: Optimizer) -> torch.optim.Optimizer:
+    nesterov = wanted.nesterov and wanted.momentum > 0
+    return torch.optim.SGD(groups, lr=0.0, momentum=wanted.momentum, nesterov=nesterov, fused=True)
+
+
+def _adam(groups: list[dict[str, Any]], wanted: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, lr=0.0, betas=wanted.betas, fused=True)
+
+
+def _adamw(groups: list[dict[str, Any]], wanted: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.0, betas=wanted.betas, fused=True)
+
+
+def _muon(groups: list[dict[str, Any]], wanted: Optimizer) -> torch.optim.Optimizer:
+    # `match_rms_adamw` lets one learning rate serve Muon and AdamW (Liu et al., arXiv 2502.16982, eq. 4).
+    made = torch.optim.Muon(
+        cast(Any, groups), lr=0.0, momentum=wanted.momentum, nesterov=wanted.nesterov, adjust_lr_fn="match_rms_adamw"
+    )
+    return cast(torch.optim.Optimizer, made)
+
+
+_MAKERS: dict[str, Callable[[list[dict[str, Any]], Optimizer], torch.optim.Optimizer]] = {
+    "sgd": _sgd, "adam": _adam, "adamw": _adamw, "muon": _muon,
+}  # fmt: skip

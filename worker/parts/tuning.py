@@ -1,0 +1,290 @@
+"""What `auto` comes to: a pure function of what is trained, its shapes and the hardware. The plan says why.
+
+Batch size and learning rate depend on data and memory, never on time; nothing is measured on the way to the first step
+and nothing changes in the middle of a run. The figures behind the choices were measured on a 2-core AVX512-bf16 machine
+(ResNet-18 at 32 pixels: 125 images/s in contiguous float32, 317 in channels_last, 1,084 with bf16 autocast as well).
+"""
+
+import math
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision
+from pydantic import BaseModel, ConfigDict
+
+from app.domain.errors import UserFault
+from app.domain.spec import Optimizer, Training
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class Plan(BaseModel):
+    """Every choice that decides the bits of a run; fixed before step 0 and used again by every later attempt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str  # cpu or cuda; which one of several does not matter
+    world_size: int = 1
+    threads: int
+    precision: Precision
+    memory_format: Literal["contiguous", "channels_last"]
+    float32_matmul: Literal["highest", "high", "medium"]
+    compile: bool
+    deterministic: bool
+    batch_size: int
+    accumulate: int
+    learning_rate: float
+    optimizer: dict[str, Any]
+    epochs: int
+    steps_per_epoch: int
+    steps: int
+    samples: int
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    cache: Literal["memory_map", "stream"]
+    prefix_views: int = 0  # views of every sample whose frozen prefix is cached; 0 is no such cache
+    log_every: int
+    probe_every: int = 0  # epochs; 0 is never
+    reasons: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a choice may depend on, apart from the hardware."""
+
+    kind: str
+    family: str  # convolutional, hierarchical, vit, mlp
+    image_size: int
+    channels: int
+    samples: int
+    couples_batch: bool = False
+    min_batch: int = 1
+    pretrained: bool = False  # starts from weights that are worth keeping
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The class of machine; two machines that compare equal give the same plan."""
+
+    device: Literal["cpu", "cuda"]
+    threads: int
+    bfloat16: bool
+    compiler: bool
+    onednn_is_exact: bool = True
+    memory_bytes: int = 8 * 2**30
+
+
+def batch_size(work: Workload, hardware: Hardware) -> tuple[int, str]:
+    """Choose a batch: the table's for the image size, smaller where an epoch would be less than eight steps."""
+    side = work.image_size
+    table = 256 if side <= 32 else 128 if side <= 64 else 64 if side <= 128 else 32
+    if hardware.device == "cuda":
+        table *= 4
+    if work.couples_batch:
+        table *= 2  # contrast needs many samples beside each other
+    least = max(work.min_batch, 64 if work.couples_batch else 16)
+    eight_steps = 2 ** int(math.log2(max(work.samples // 8, 1)))
+    chosen = min(max(min(table, eight_steps), least), work.samples)
+    why = f"{table} suits {side}-pixel images on {hardware.device}"
+    if chosen != table:
+        why += f"; {work.samples} samples give steps enough at {chosen}"
+    return chosen, why
+
+
+def learning_rate(work: Workload, optimizer: Optimizer, batch: int) -> tuple[float, str]:
+    """Choose a peak rate: linear in the batch for sgd, with its root for the adaptive ones."""
+    if optimizer.name == "sgd":
+        base = 0.01 if work.pretrained and work.kind == "finetune" else 0.1
+        return _round(base * batch / 256), f"{base} x batch / 256 (linear scaling, arXiv 1706.02677)"
+    base = 1e-3 if work.family in ("convolutional", "mlp") else 5e-4
+    if optimizer.name == "muon":
+        base *= 2
+    if work.kind == "pretrain":
+        base *= 2
+    rate = _round(base * math.sqrt(max(batch, 32) / 256))
+    return rate, f"{base} x root(batch / 256) for {optimizer.name} on a {work.family} network"
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def precision(work: Workload, hardware: Hardware) -> tuple[Precision, str]:
+    """Choose what autocast computes in; float16 on a CPU is hundreds of times slower than bfloat16 and never chosen."""
+    if not hardware.bfloat16:
+        if hardware.device == "cuda":
+            return "float16", "this GPU has no bfloat16"
+        return "float32", "this processor has no bfloat16 instructions"
+    if hardware.device == "cpu" and work.family == "mlp":
+        return "float32", "oneDNN's float32 is as fast for plain matrices on this processor"
+    return "bfloat16", "autocast: 1.5 to 3 times faster here at the same quality"
+
+
+def resolve(
+    training: Training, work: Workload, hardware: Hardware, *, mean: tuple[float, ...], std: tuple[float, ...],
+    cache: Literal["memory_map", "stream"] = "memory_map",
+) -> Plan:  # fmt: skip
+    """Turn every `auto` into a choice, with its reason.
+
+    Raises:
+        UserFault: what was asked for explicitly cannot work here; the message names the field.
+    """
+    reasons: dict[str, str] = {}
+
+    def choose(field: str, asked: Any, auto: tuple[Any, str]) -> Any:
+        reasons[field] = "as asked" if asked != "auto" else auto[1]
+        return auto[0] if asked == "auto" else asked
+
+    optimizer = training.optimizer if isinstance(training.optimizer, Optimizer) else Optimizer(name=training.optimizer)
+    batch = choose("batch_size", training.batch_size, batch_size(work, hardware))
+    if batch > work.samples:
+        reasons["batch_size"] = f"there are only {work.samples} training samples, {batch} were asked for"
+        batch = work.samples
+    if batch < work.min_batch:
+        raise UserFault(
+            f"training.batch_size: this recipe needs at least {work.min_batch} samples per batch, and {batch} are "
+            f"available; give it more data.", code="batch_too_small",
+        )  # fmt: skip
+    accumulate = choose("accumulate", training.accumulate, (1, "the batch is processed at once"))
+    if batch % accumulate:
+        raise UserFault(
+            f"training.accumulate: a batch of {batch} does not divide into {accumulate} micro-batches.",
+            code="accumulate",
+        )
+    steps_per_epoch = max(1, work.samples // batch)
+    steps = steps_per_epoch * training.epochs
+    in_layers = work.family == "convolutional"
+    chosen_precision = choose("precision", training.precision, precision(work, hardware))
+    if chosen_precision == "float16" and hardware.device == "cpu":
+        raise UserFault(
+            "training.precision: float16 has no usable arithmetic on a CPU; use bfloat16 or float32.", code="precision"
+        )
+    if chosen_precision == "float16" and optimizer.name == "muon":
+        raise UserFault("training.optimizer: muon needs bfloat16 or float32, not float16.", code="precision")
+    return Plan(
+        device=hardware.device,
+        threads=hardware.threads,
+        precision=chosen_precision,
+        memory_format=choose(
+            "memory_format", training.memory_format,
+            ("channels_last", "convolutions run 1.3 to 2.5 times faster") if in_layers
+            else ("contiguous", "this network has no spatial convolutions to speak of"),
+        ),
+        float32_matmul=_matmul(hardware, reasons),
+        compile=_compile(training, hardware, reasons),
+        deterministic=training.deterministic,
+        batch_size=batch,
+        accumulate=accumulate,
+        learning_rate=choose("learning_rate", training.learning_rate, learning_rate(work, optimizer, batch)),
+        optimizer=optimizer.model_dump(mode="json"),
+        epochs=training.epochs,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        samples=work.samples,
+        image_size=work.image_size,
+        channels=work.channels,
+        mean=mean,
+        std=std,
+        cache=cache,
+        log_every=max(1, min(50, steps // 200)),
+        probe_every=probe_every(work.samples) if work.kind == "pretrain" else 0,
+        reasons=reasons,
+    )  # fmt: skip
+
+
+PROBE_ROWS = 2000
+
+
+def probe_every(samples: int) -> int:
+    """Choose how many epochs lie between two probes, so that probing costs under 3 % of training.
+
+    A probe is one forward pass over at most PROBE_ROWS samples; an epoch of training is three such passes (forward and
+    twice that backward) over all of them.
+    """
+    return max(1, math.ceil(min(samples, PROBE_ROWS) / (0.03 * 3 * samples)))
+
+
+def _matmul(hardware: Hardware, reasons: dict[str, str]) -> Literal["highest", "high", "medium"]:
+    if hardware.device == "cuda":
+        reasons["float32_matmul"] = "TF32 for what stays float32"
+        return "high"
+    if hardware.onednn_is_exact:
+        reasons["float32_matmul"] = "oneDNN: 2.2 times faster than MKL here, with errors of true float32"
+        return "medium"
+    reasons["float32_matmul"] = "the fast path rounds to bfloat16 on this processor"
+    return "highest"
+
+
+def _compile(training: Training, hardware: Hardware, reasons: dict[str, str]) -> bool:
+    if training.compile == "auto":
+        reasons["compile"] = "0.3 to 1.25 times as fast on this kind of machine, after 26 s of compiling"
+        return False
+    if training.compile and hardware.device == "cpu" and not hardware.compiler:
+        raise UserFault("training.compile: this worker has no C++ compiler; use false or auto.", code="no_compiler")
+    reasons["compile"] = "as asked"
+    return training.compile
+
+
+def look(device: str, threads: int) -> Hardware:
+    """Look at this machine; the only impure part here, and it measures nothing but the rounding of one product."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+    if device.startswith("cuda"):
+        return Hardware(
+            "cuda", threads, bfloat16=torch.cuda.get_device_capability(device) >= (8, 0), compiler=compiler,
+            memory_bytes=torch.cuda.get_device_properties(device).total_memory,
+        )  # fmt: skip
+    return Hardware(
+        "cpu", threads, bfloat16=has_bfloat16(), compiler=compiler, onednn_is_exact=_onednn_is_exact(),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    )  # fmt: skip
+
+
+def has_bfloat16() -> bool:
+    """Say whether this CPU multiplies bfloat16 in hardware."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_cpuinfo("flags", "Features").split()))
+
+
+def _onednn_is_exact() -> bool:
+    """Compare one product under `medium` with float64: a machine with AMX may really round to bfloat16 (2.9e-3)."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 96, 96, generator=generator).unbind(0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        product = a @ b
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = a.double() @ b.double()
+    return bool(((product - exact).abs().max() / exact.abs().max()) < 1e-5)
+
+
+def fingerprint(device: str) -> dict[str, Any]:
+    """Describe what the bits of a run depend on beside its plan."""
+    found: dict[str, Any] = {
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "machine": platform.machine(),
+        "processor": _cpuinfo("model name", "CPU part") or platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.startswith("cuda"):
+        found |= {
+            "gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }  # fmt: skip
+    return found
+
+
+def _cpuinfo(*names: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
