@@ -7,6 +7,8 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from app.domain.errors import Failure
+from app.domain.jobs import Actor, Status, Wanted
 from app.store import life, tables
 from app.store.blobs import Blobs, Stored
 from app.store.clock import Now
@@ -73,6 +75,24 @@ def make_job(session: Session, project: tables.Project, **columns: Any) -> table
         } | columns
     )  # fmt: skip
     life.insert(session, job)
+    session.flush()
+    return job
+
+
+def bring(session: Session, job: tables.Job, status: Status) -> tables.Job:
+    """Bring a queued job into another status, by the moves that lead there."""
+    held = (Status.STARTING, Status.RUNNING)
+    if status in (Status.PAUSED, Status.CANCELLED):
+        wanted = Wanted.PAUSE if status is Status.PAUSED else Wanted.CANCEL
+        life.move(session, job, status, actor=Actor.API, wanted=wanted)
+    elif status not in (Status.QUEUED, Status.WAITING):
+        lease = life.Lease(worker="a test", seconds=60, source="poll")
+        life.move(session, job, Status.STARTING, actor=Actor.CLAIM, lease=lease)
+        if status is not Status.STARTING:
+            life.move(session, job, Status.RUNNING, actor=Actor.WORKER)
+        if status not in held:
+            failure = Failure(fault="user", code="test", message="It failed.") if status is Status.FAILED else None
+            life.move(session, job, status, actor=Actor.WORKER, failure=failure)
     session.flush()
     return job
 
