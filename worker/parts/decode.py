@@ -37,6 +37,7 @@ _OTHERS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"gimp xcf", "XCF"),
     (0, b"SIMPLE  =", "FITS"),
     (0, b"%!PS", "PostScript"),
+    *((0, b"P" + kind + space, "PNM") for kind in (b"4", b"5", b"6") for space in (b"\n", b" ")),
 )
 
 with warnings.catch_warnings():  # torch says once per process that a tensor over `bytes` must not be written to
