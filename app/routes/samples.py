@@ -17,7 +17,7 @@ from app.settings import Settings
 from app.store import datasets, owned, samples, tables
 from app.store.blobs import Blobs
 
-router = APIRouter(prefix="/v1/datasets/{dataset_id}/samples", tags=["datasets"])
+router = APIRouter(prefix="/v1/datasets/{dataset_id}/samples", tags=["samples"])
 DatasetId = Annotated[str, Path(description="`ds_…`")]
 Number = Annotated[int, Path(ge=0, lt=2**53, description="Counts from 0 over train, validation and test.")]
 UNLABELLED = "unlabelled"  # no class has this name: ingest makes such folders unlabelled

@@ -19,6 +19,7 @@ class SessionOut(Object):
     """A browser session; it ends with its key at the latest."""
 
     object: Literal["session"] = "session"
+    created_at: datetime
     expires_at: datetime
     project: str
     scopes: list[Scope]
@@ -38,7 +39,8 @@ def create(
         secure=settings.mode == "production" or request.url.scheme == "https",
     )  # fmt: skip
     return SessionOut(
-        id=opened.id, expires_at=as_time(opened.expires_at), project=principal.project_id,
+        id=opened.id, created_at=as_time(opened.created_at), expires_at=as_time(opened.expires_at),
+        project=principal.project_id,
         scopes=[scope for scope in keys.SCOPES if scope in principal.scopes], header=SESSION_HEADER,
     )  # fmt: skip
 
