@@ -188,14 +188,14 @@ def on_loss(wanted: Wanted, *, losses: int, attempts: int, max_attempts: int, ha
     if wanted is Wanted.CANCEL:
         return Move(status=Status.CANCELLED)
     if _exhausted(losses, attempts, max_attempts):
+        in_a_row = losses + 1 >= MAX_CONSECUTIVE_LOSSES
         failure = Failure(
-            fault="system",
-            code="crash_loop" if losses + 1 >= MAX_CONSECUTIVE_LOSSES else "attempts_exhausted",
-            message=f"The worker was lost {losses + 1} times in a row without a newer checkpoint (attempt {attempts} "
-            f"of {max_attempts}).",
+            fault="system", code="crash_loop" if in_a_row else "attempts_exhausted",
+            message=f"The worker was lost {losses + 1} times in a row without a newer checkpoint." if in_a_row
+            else f"The worker was lost in the last of {max_attempts} attempts.",
             hint="The job may need more memory than the worker has: try a smaller batch_size, then /retry.",
             phase="run",
-        )
+        )  # fmt: skip
         return Move(status=Status.FAILED, failure=failure, counts_as_loss=True)
     idle = _idle(wanted, has_checkpoint=has_checkpoint) or Move(status=Status.QUEUED, reason="worker_lost")
     return replace(idle, counts_as_loss=True)
