@@ -64,11 +64,12 @@ class Fake(BaseModel):
 
 
 def published() -> dict[str, list[dict[str, Any]]]:
-    """Give a catalogue as worker.catalogue does."""
+    """Give a catalogue as worker.catalogue does; the recipe `fake` takes any parameters."""
     from tests.factories import ARCHITECTURES, RECIPES
 
+    fake = {**RECIPES[0], "name": "fake", "requires": {}, "defaults": {}, "schema": {"type": "object"}}
     return {
-        "recipes": [dict(recipe) for recipe in RECIPES],
+        "recipes": [fake, *(dict(recipe) for recipe in RECIPES)],
         "architectures": [{"name": name, "facts": facts} for name, facts in ARCHITECTURES.items()],
     }
 

@@ -13,11 +13,13 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from celery import bootsteps, signals
+from celery.platforms import SecurityWarning
 
 from app import log as logs
 from app.broker import QUEUES, WAKE_TASK, Publisher, celery_app
@@ -148,6 +150,8 @@ def versions() -> dict[str, str]:
 def serve(settings: Settings, *, command: Sequence[str] = COMMAND) -> int:
     """Run a worker until it is told to end; give its exit code."""
     logs.configure(settings)
+    # Said of root in containers, because a broker could send pickles: ours may send nothing but JSON.
+    warnings.simplefilter("ignore", SecurityWarning)
     engine = make_engine(settings.database, pool_size=20)
     gpus = find_gpus()
     slots = Slots(settings.slots, gpus)

@@ -253,25 +253,33 @@ class Run:
         """Pass on what the trainer says until its last word; None when it ended without one."""
         while True:
             try:
-                report: Report | None = wire.reports.get(timeout=FLUSH_SECONDS if self._pending else None)
+                reports = wire.reports.get(timeout=FLUSH_SECONDS if self._pending else None)
             except queue.Empty:
                 self._flush()
                 continue
-            match report:
-                case None | Finished() | Failed():
+            if reports is None:
+                return None
+            for report in reports:
+                if isinstance(report, (Finished, Failed)):
                     return report
-                case Planned():
-                    self._begin(wire, report)
-                case Saved():
-                    self._checkpoint(report)
-                case Progress():
-                    self._pending.progress = report.model_dump(exclude={"type"})
-                case Metrics():
-                    self._pending.rows.extend(report.rows)
-                case Event():
-                    self._pending.events.append(report)
+                self._hear(wire, report)
             if self._may_flush():
                 self._flush()
+
+    def _hear(self, wire: Wire, report: Report) -> None:
+        match report:
+            case Planned():
+                self._begin(wire, report)
+            case Saved():
+                self._checkpoint(report)
+            case Progress():
+                self._pending.progress = report.model_dump(exclude={"type"})
+            case Metrics():
+                self._pending.rows.extend(report.rows)
+            case Event():
+                self._pending.events.append(report)
+            case _:
+                raise AssertionError("a last word is not heard here")
 
     def _begin(self, wire: Wire, planned: Planned) -> None:
         def begin(session: Session) -> None:

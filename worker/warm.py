@@ -22,8 +22,8 @@ from app.domain.errors import SystemFault
 log = structlog.get_logger(__name__)
 
 Published = dict[str, list[dict[str, Any]]]
-COMMAND = (sys.executable, "-m", "worker.zygote")
-ANSWER_SECONDS = 10.0
+COMMAND = (sys.executable, "-P", "-m", "worker.zygote")  # -P: nothing is imported from the current folder
+ANSWER_SECONDS = 30.0
 KILLED = -int(signal.SIGKILL)
 
 # What a trainer may inherit. Everything else stays out, above all the addresses and keys of databases and brokers.
@@ -54,6 +54,7 @@ def clean_environment(source: dict[str, str], cache: Path) -> dict[str, str]:
     }
     return kept | {
         "OPENBLAS_NUM_THREADS": "1",  # a second thread before the fork would hang every child
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's allocator starts one at import
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking whether there is a GPU must not start CUDA in the zygote
         "PYTHONUNBUFFERED": "1",
         "TORCH_HOME": kept.get("TORCH_HOME", str(cache / "torch")),
@@ -95,6 +96,7 @@ class Server:
         environment: dict[str, str],
         on_ready: Callable[["Server", Published | None], None],
         on_end: Callable[["Server"], None],
+        *options: str,
     ) -> None:
         self.ready = threading.Event()
         self.dead = threading.Event()
@@ -106,15 +108,10 @@ class Server:
         self._control, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [*command[:3], str(theirs.fileno()), *command[3:]], pass_fds=[theirs.fileno()], env=environment,
+                [*command, str(theirs.fileno()), *options], pass_fds=[theirs.fileno()], env=environment,
                 stdin=subprocess.DEVNULL, stdout=sys.__stderr__, start_new_session=True,
             )  # fmt: skip
         threading.Thread(target=self._read, name=f"server-{self.process.pid}", daemon=True).start()
-
-    @property
-    def trainers(self) -> int:
-        """How many of its trainers run."""
-        return len(self._trainers)
 
     def order(self, request: dict[str, Any]) -> Trainer:
         """Have a trainer made.
@@ -262,7 +259,7 @@ class Warm:
 
     def _spare(self, gpu: str) -> Server:
         environment = self._environment | {"CUDA_VISIBLE_DEVICES": gpu}
-        return Server((*self._command, "--device"), environment, lambda *_: None, self._has_ended)
+        return Server(self._command, environment, lambda *_: None, self._has_ended, "--device")
 
     def _take_spare(self, gpu: str) -> Server | None:
         with self._lock:

@@ -37,7 +37,8 @@ from worker.warm import Trainer
 Verdict = Literal["fenced", "hung", "protocol", "cancelled", "drained", "silent", "supervisor"]
 
 LINE_BYTES = 64 * 2**20  # a report of an ingest may name a hundred thousand bad files
-BACKLOG = 100_000
+BACKLOG = 10_000
+BATCH_SECONDS = 0.02  # a talkative trainer is heard in batches, which costs a tenth of hearing each line
 LOG_BYTES = 16 * 2**20
 TICK_SECONDS = 1.0
 
@@ -56,7 +57,7 @@ class Wire:
         log_file: Path,
     ) -> None:
         """`confirmed` gives the monotonic time of the last heartbeat that the database accepted."""
-        self.reports: queue.Queue[Report | None] = queue.Queue(BACKLOG)  # None: the trainer says no more
+        self.reports: queue.Queue[list[Report] | None] = queue.Queue(BACKLOG)  # None: the trainer says no more
         self.verdict: Verdict | None = None
         self._trainer, self._wish, self._confirmed = trainer, wish, confirmed
         self._fence_seconds, self._progress_seconds = fence_seconds, progress_seconds
@@ -104,7 +105,7 @@ class Wire:
 
     def _run(self) -> None:
         buffer = bytearray()
-        open_wire, next_tick = True, 0.0
+        open_wire, next_tick, last_read = True, 0.0, 0.0
         while True:
             now = time.monotonic()
             if now >= next_tick:
@@ -120,7 +121,10 @@ class Wire:
                 next_tick = 0.0
             gone = self._trainer.code is not None
             if open_wire and (gone or self._trainer.connection in readable):
-                open_wire = self._read(buffer, gone)
+                early = BATCH_SECONDS - (time.monotonic() - last_read)
+                if early > 0:
+                    time.sleep(early)
+                open_wire, last_read = self._read(buffer, gone), time.monotonic()
                 if not open_wire:
                     self.reports.put(None)
             if gone and not open_wire:
@@ -140,9 +144,11 @@ class Wire:
         try:
             if newline:
                 buffer += head
-                for line in buffer.split(b"\n"):
-                    self._take(read_report.validate_json(bytes(line)))
+                reports = [read_report.validate_json(bytes(line)) for line in buffer.split(b"\n")]
                 buffer.clear()
+                for report in reports:
+                    self._note(report)
+                self.reports.put_nowait(reports)
             buffer += rest
             if len(buffer) > LINE_BYTES:
                 raise ValueError("a line without an end")
@@ -151,7 +157,8 @@ class Wire:
             return False
         return True
 
-    def _take(self, report: Report) -> None:
+    def _note(self, report: Report) -> None:
+        """See whether this is progress, which a hung run does not make."""
         match report:
             case Progress():
                 here = (report.phase, report.step, report.fraction)
@@ -164,7 +171,6 @@ class Wire:
                 moved = False
         if moved:
             self._progressed = time.monotonic()
-        self.reports.put_nowait(report)
 
     def _look_at_clocks(self, now: float) -> None:
         if now - self._confirmed() > self._fence_seconds:
