@@ -107,6 +107,8 @@ def train(
             checkpoints.save(contents, step=state.step, epoch=epoch, metrics=state.metrics, best=is_best)
 
     def tell(numbers: Mapping[str, float]) -> None:
+        if not numbers:
+            return
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         state.metrics.update(finite)
         report.send(Metrics(rows=tuple((name, state.step, value) for name, value in finite.items())))

@@ -103,3 +103,8 @@ def digest(module: nn.Module) -> str:
         found.update(name.encode())
         found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def digest_rows(rows: Tensor) -> str:
+    """Hash row numbers."""
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()

@@ -1,0 +1,314 @@
+"""The trainer's process: an order in, files in scratch and one last word out. No SQL, no credentials, no network.
+
+`python -m worker.trainer run spec.json --data FOLDER --out DIR` runs the same without any server.
+"""
+
+import argparse
+import errno
+import json
+import shutil
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torchvision
+from torch import nn
+
+from app.domain.errors import JobFault, ResourceFault, SystemFault, UserFault
+from worker import evaluate, ingest, loop, measure
+from worker.assembly import Assembly, assemble, picture_rows, start
+from worker.checkpoint import Checkpoints
+from worker.ingest import model as imported
+from worker.ingest.dataset import LIMITS
+from worker.loop import Result
+from worker.parts import compute, tuning
+from worker.parts.export import Card, export
+from worker.parts.seed import derive
+from worker.parts.tuning import Plan
+from worker.report import Failed, Finished, MadeFile, MadeModel, Message, Metrics, Order, Reporter
+
+TRACE_LINES = 30
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+def main(order_path: str, connection: socket.socket) -> int:
+    """Carry out the order in a file and report over `connection`; 0 after Finished, 1 after Failed."""
+    order = Order.model_validate_json(Path(order_path).read_text(encoding="utf-8"))
+    reporter = Reporter(connection, silence_seconds=order.silence_seconds)
+    return carry_out(order, reporter)
+
+
+def carry_out(order: Order, reporter: Reporter) -> int:
+    """Do what an order says and report exactly one Finished or Failed."""
+    try:
+        finished = _perform(order, reporter)
+    except JobFault as fault:
+        reporter.send(Failed(error=fault.failure("train")))
+        return 1
+    except Exception as error:
+        reporter.send(Failed(error=_translated(error, reporter).failure("train")))
+        return 1
+    reporter.send(finished)
+    return 0
+
+
+def _perform(order: Order, reporter: Reporter) -> Finished:
+    try:
+        match order.recipe:
+            case "ingest":
+                return Finished(outcome="succeeded", dataset=ingest.run(order, reporter))
+            case "import_model":
+                return Finished(outcome="succeeded", model=imported.run(order, reporter))
+            case "measure":
+                return Finished(outcome="succeeded", result=measure.run(order, reporter))
+            case _:
+                return train(order, reporter)
+    except ingest.Interrupted as interrupted:
+        return Finished(outcome=_OUTCOMES[interrupted.wanted])
+
+
+_OUTCOMES: dict[str, Any] = {"cancel": "cancelled", "stop": "cancelled", "pause": "paused", "drain": "drained"}
+
+
+def train(order: Order, reporter: Reporter) -> Finished:
+    """Train as ordered; after running out of memory with half the micro-batch, from the last checkpoint."""
+    newest = Path(order.checkpoint) if order.checkpoint else None
+    checkpoints = Checkpoints(Path(order.scratch), reporter, newest=newest)
+    plan = _plan_of(order, checkpoints)
+    while True:
+        made = assemble(order, reporter, plan=plan)
+        plan = made.plan
+        _announce(made, order, reporter)
+        try:
+            made = start(made, order, reporter)
+            result = loop.train(
+                made.objective, made.data, made.spec.training, plan, made.device, reporter, checkpoints,
+                kind=made.recipe.kind,
+            )  # fmt: skip
+            return _finish(made, result, order, reporter)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            plan = _with_less_memory(made, error, reporter)
+
+
+def _plan_of(order: Order, checkpoints: Checkpoints) -> Plan | None:
+    """Give the plan to use again: the checkpoint's, which may have been halved since the first attempt's."""
+    saved = checkpoints.load()
+    if saved is not None:
+        return Plan.model_validate(saved.state["plan"])
+    return Plan.model_validate(order.plan) if order.plan is not None else None
+
+
+def _announce(made: Assembly, order: Order, reporter: Reporter) -> None:
+    found = tuning.fingerprint(made.device.type)
+    before = order.fingerprint
+    differs = sorted(
+        key for key in {*found, *(before or {})} if before is not None and before.get(key) != found.get(key)
+    )
+    if made.plan.device != made.device.type:
+        differs.append("device")
+    if differs:
+        reporter.event(
+            "resume.inexact",
+            f"This worker differs from the one where the run began ({', '.join(differs)}): the result will be as good "
+            "but not the same to the bit.", level="warning", differs=differs,
+        )  # fmt: skip
+    reporter.planned(made.plan.model_dump(mode="json"), found, exact=not differs)
+
+
+def _finish(made: Assembly, result: Result, order: Order, reporter: Reporter) -> Finished:
+    """Evaluate on the test split, show, export."""
+    if result.outcome not in ("succeeded", "stopped"):
+        return Finished(outcome=result.outcome, metrics=result.metrics, best=result.best)
+    scratch, metrics = Path(order.scratch), dict(result.metrics)
+    details: dict[str, Any] = {}
+    for split, source in (("validation", made.data.validation), ("test", made.data.test)):
+        if source is None or (split == "validation" and made.recipe.kind == "pretrain"):
+            continue
+        found = evaluate.outputs(made.objective, source, made.data, made.plan, made.device)
+        numbers = {f"{split}/{name}": value for name, value in evaluate.measure(found).items()}
+        metrics |= numbers
+        details[split] = evaluate.details(found, made.info.classes)
+        if split == "test":
+            reporter.send(Metrics(rows=tuple((name, result.step, value) for name, value in numbers.items())))
+    files = _pictures(made, scratch)
+    model = _export(made, scratch, metrics, details, order)
+    summary: dict[str, Any] = {
+        "ended_by": result.ended_by, "steps": result.step, "epochs": result.epoch,
+        "seconds": round(result.seconds, 2), "samples_per_second": round(result.samples_per_second, 1),
+        "labels": {"train": int((made.data.train.labels >= 0).sum())} if made.recipe.requires.labels else {},
+        **details,
+    }  # fmt: skip
+    if made.recipe.requires.labels and made.data.validation is not None:
+        summary["labels"]["validation"] = int((made.data.validation.labels >= 0).sum())
+    return Finished(
+        outcome=result.outcome, result=summary, metrics=metrics, best=result.best, files=tuple(files), model=model
+    )
+
+
+def _export(
+    made: Assembly, scratch: Path, metrics: dict[str, float | None], details: dict[str, Any], order: Order
+) -> MadeModel:
+    objective = cast(Any, made.objective)
+    facts = {
+        "recipe": f"{made.recipe.name} {made.recipe.version}",
+        "dataset": made.facts.id,
+        "training samples": f"{len(made.data.train)}",
+        "started from": made.network.source,
+        "job": order.job,
+        "seed": str(made.spec.training.seed),
+    }
+    title = made.spec.name or f"{made.recipe.name} on {made.facts.id}"
+    return export(
+        scratch, objective.backbone, getattr(objective, "head", None), config=made.config(), card=Card(title, facts),
+        metrics=metrics, details=details,
+    )  # fmt: skip
+
+
+def _pictures(made: Assembly, scratch: Path) -> list[MadeFile]:
+    """Write an objective's pictures as PNG grids of eight in a row."""
+    show = getattr(made.objective, "pictures", None)
+    if show is None:
+        return []
+    torch.manual_seed(derive(made.spec.training.seed, "pictures"))
+    batch = made.data.normalise(made.data.train.batch(picture_rows(made)), made.device)
+    with evaluate.evaluating(made.objective, made.plan, made.device):
+        shown: dict[str, torch.Tensor] = show(compute.ready(batch, made.plan))
+    files: list[MadeFile] = []
+    mean, std = (value.view(-1, 1, 1) for value in (made.data.mean, made.data.std))
+    for name, images in shown.items():
+        pixels = (images.float().cpu() * std + mean).clamp(0, 1)
+        scale = max(1, 64 // pixels.shape[-1])  # small pictures are shown larger, pixel by pixel
+        pixels = nn.functional.interpolate(pixels, scale_factor=scale) if scale > 1 else pixels
+        grid = torchvision.utils.make_grid(pixels, nrow=len(batch["label"]), padding=2)
+        data = torchvision.io.encode_png((grid * 255).round().to(torch.uint8))
+        (scratch / f"{name}.png").write_bytes(data.numpy().tobytes())
+        files.append(MadeFile(name=f"{name}.png", file=f"{name}.png", media_type="image/png"))
+    return files
+
+
+def _with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Plan:
+    """Halve the micro-batch, where that is the same computation but for batch norm; else say what would fit."""
+    plan = made.plan
+    micro = plan.batch_size // plan.accumulate
+    if bool(cast(Any, made.objective).couples_batch):
+        fits = measure.largest_batch(made, micro // 2)
+        raise ResourceFault(
+            f"A batch of {micro} does not fit into memory, and it is not split, because the loss of {made.recipe.name} "
+            "ties its samples together.", code="out_of_memory",
+            hint=f"Set training.batch_size to {fits}." if fits else "Use a smaller network or smaller images.",
+        ) from error  # fmt: skip
+    if micro == 1 or micro % 2:
+        raise ResourceFault(
+            f"A micro-batch of {micro} does not fit into memory.", code="out_of_memory",
+            hint=f"Set training.batch_size to {2 * (plan.batch_size // 2)} or less." if micro > 1
+            else "Use a smaller network or smaller images.",
+        ) from error  # fmt: skip
+    reporter.event(
+        "memory.micro_batch_halved",
+        f"Out of memory: each batch of {plan.batch_size} now goes in parts of {micro // 2} whose gradients add up. "
+        "Batch norm sees the smaller parts.", level="warning", micro_batch=micro // 2,
+    )  # fmt: skip
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()
+    why = {**plan.reasons, "accumulate": f"a micro-batch of {micro} did not fit into memory"}
+    return plan.model_copy(update={"accumulate": plan.accumulate * 2, "reasons": why})
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error).lower() for text in _OUT_OF_MEMORY
+    )
+
+
+def _translated(error: Exception, reporter: Reporter) -> JobFault:
+    """Class what nobody foresaw; the end of the trace goes into the job's log."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceFault(
+            f"The disk of the worker is full: {error}.", code="disk_full", hint="Free some space, then /retry."
+        )
+    if _is_out_of_memory(error):
+        return ResourceFault(f"Out of memory: {error}", code="out_of_memory", hint="Use a smaller network or images.")
+    trace = "".join(traceback.format_exception(error)).splitlines()[-TRACE_LINES:]
+    reporter.event("trainer.crashed", f"{type(error).__name__}: {error}", level="error", trace=trace)
+    return SystemFault(f"The trainer crashed: {type(error).__name__}: {error}", code="crash")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train from a spec and a folder of images, with no server; progress as JSON lines on stdout."""
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    scratch, cache = out / ".work", Path(arguments.cache).expanduser() if arguments.cache else out / ".cache"
+
+    def listener(message: Message) -> None:
+        print(message.model_dump_json(), flush=True)
+
+    reporter = Reporter(listener=listener)
+    threads = arguments.threads or max(1, torch.get_num_threads())
+    try:
+        spec = json.loads(Path(arguments.spec).read_text(encoding="utf-8"))
+        if not isinstance(spec, dict):
+            raise UserFault(f"{arguments.spec} is not a JSON object.", code="invalid_spec")
+        data = scratch / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        if arguments.data.startswith("builtin:"):
+            dataset = ingest.ingest_builtin(
+                arguments.data.removeprefix("builtin:"), data, cache, reporter=reporter, threads=threads
+            )
+        else:
+            dataset = ingest.ingest_folder(arguments.data, data, reporter=reporter, threads=threads)
+    except JobFault as fault:
+        reporter.send(Failed(error=fault.failure("ingest")))
+        return 1
+    except (OSError, json.JSONDecodeError) as error:
+        reporter.send(Failed(error=UserFault(f"{arguments.spec}: {error}", code="invalid_spec").failure("read")))
+        return 1
+    order = local_order(spec, dataset.facts, scratch, cache, threads=threads, device=arguments.device)
+    finished: list[Finished] = []
+    kept = Reporter(
+        listener=lambda message: finished.append(message) if isinstance(message, Finished) else listener(message)
+    )
+    code = carry_out(order, kept)
+    for last in finished:
+        made = (*last.files, *(last.model.files if last.model else ()))
+        for file in made:
+            shutil.copyfile(scratch / file.file, out / file.name)
+        listener(last)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return code
+
+
+def local_order(
+    spec: dict[str, Any], facts: Any, scratch: Path, cache: Path, *, threads: int, device: str = "cpu"
+) -> Order:
+    """Make the order of a run without a server."""
+    from worker import catalogue
+
+    found = catalogue.recipe(str(spec.get("recipe")))
+    body = catalogue.merge(found.defaults, spec)
+    return Order(
+        job="job_local", attempt=1, kind=found.kind, recipe=found.name, spec=body, dataset=facts, scratch=str(scratch),
+        cache=str(cache), cache_bytes=50 * 2**30, threads=threads, device=device, limits=LIMITS,
+    )  # fmt: skip
+
+
+def _arguments(given: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m worker.trainer")
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("run", help="train from a spec and a folder of images, with no server")
+    verb.add_argument("spec", help="the body of a job as a JSON file; `dataset` may be left out")
+    verb.add_argument("--data", required=True, help="a folder or archive of images, or builtin:NAME")
+    verb.add_argument("--out", required=True, help="where the model goes")
+    verb.add_argument("--cache", help="where decoded images are kept; in the output folder by default")
+    verb.add_argument("--threads", type=int, default=0)
+    verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(_arguments(sys.argv[1:])))
