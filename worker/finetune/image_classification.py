@@ -45,7 +45,7 @@ class ClassificationParams(Params):
     layer_decay: float = Field(
         default=1.0, gt=0, le=1, description="Multiplies the learning rate once per stage away from the head."
     )
-    head: Head = Field(default=Head(), description="The layers after the backbone.")
+    head: Head = Field(default=Head(), description="What stands between the features and the classes.")
     augmentation: Literal["none", "light", "standard", "strong"] | None = Field(
         default=None,
         description="null: `none` with `head` and `last:N`, whose frozen part is computed once; else light.",

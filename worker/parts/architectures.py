@@ -21,6 +21,7 @@ from worker.parts.weights import weight_names
 _FILE = Path(__file__).with_suffix(".json")
 _LARGEST = 1024
 _PATCHES = (2, 4, 8, 16)
+_DEEPEST = 48
 _HEADS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -28,9 +29,11 @@ _HEADS = (1, 2, 3, 4, 6, 8, 12, 16)
 def facts() -> list[dict[str, Any]]:
     """Give one row for every architecture: `{"name", "facts"}`.
 
-    The facts are family (convolutional, mlp, vit, hierarchical), stages and stage_names, patch (the image size must be
-    a multiple of it; null: any), min_image_size (with the standard stem), channels, parameters (of the backbone for
-    three channels), dimension (of its features) and schema (of the job's `model` object).
+    The facts are family (convolutional, mlp, vit, hierarchical), stages and stage_names, stages_from (the option that
+    changes their number: the length of `hidden`, or `depth` and one for the embedding), patch (the image size must be a
+    multiple of it; null: any), min_image_size (with the standard stem), min_image_size_small_stem (null: it has none),
+    channels, parameters (of the backbone for three channels), dimension (of its features) and schema (of the job's
+    `model` object).
     """
     measured = _measured()
     return [{"name": name, "facts": _row(name, measured[name])} for name in names()]
@@ -100,8 +103,10 @@ def _row(name: str, measured: dict[str, Any]) -> dict[str, Any]:
         "family": family,
         "stages": len(measured["stages"]),
         "stage_names": measured["stages"],
+        "stages_from": {"mlp": "hidden", "small_vit": "depth"}.get(name),
         "patch": _patch(name),
         "min_image_size": measured["min_image_size"],
+        "min_image_size_small_stem": measured["min_image_size_small_stem"],
         "channels": [1, 3],
         "parameters": measured["parameters"],
         "dimension": measured["dimension"],
@@ -142,7 +147,8 @@ def _schema(name: str, measured: dict[str, Any]) -> dict[str, Any]:
         properties["keep_stages"] = {"type": "null", "default": None, "description": "List fewer layers instead."}
     else:
         properties["keep_stages"] = {
-            "type": ["integer", "null"], "minimum": 1, "maximum": len(measured["stages"]), "default": None,
+            "type": ["integer", "null"], "minimum": 1, "default": None,
+            "maximum": _DEEPEST + 1 if name == "small_vit" else len(measured["stages"]),
             "description": "Cut the network after this many stages.",
         }  # fmt: skip
     schema: dict[str, Any] = {
@@ -179,7 +185,7 @@ def _own_properties(name: str) -> dict[str, Any]:
             "width": {
                 "type": "integer", "minimum": 16, "maximum": 2048, "default": 192, "description": "Of every token.",
             },
-            "depth": {"type": "integer", "minimum": 1, "maximum": 48, "default": 6, "description": "Layers."},
+            "depth": {"type": "integer", "minimum": 1, "maximum": _DEEPEST, "default": 6, "description": "Layers."},
             "heads": {"enum": list(_HEADS), "default": 3, "description": "Of attention; they divide the width."},
         }  # fmt: skip
     return {}

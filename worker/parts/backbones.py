@@ -49,6 +49,7 @@ class Blueprint(NamedTuple):
     constructor: str  # below torchvision.models
     options: dict[str, Any]
     changes: list[Change]
+    dimension: int  # of the features that the constructor's own head expects
 
 
 def names() -> list[str]:
@@ -254,7 +255,7 @@ def _torchvision(architecture: Mapping[str, Any], *, channels: int, image_size: 
         apply_change(network, changes[-1])
 
     head = network.get_submodule(family.head)
-    dimension = int(getattr(head, "in_features", 0) or getattr(head, "in_channels", 0))
+    dimension = expected = int(getattr(head, "in_features", 0) or getattr(head, "in_channels", 0))
     apply_change(network, Change(family.head, nn.Identity()))
     if isinstance(network, tv.SqueezeNet):
         # Its last layer is a convolution whose output is clipped by a ReLU and pooled; here the features are pooled.
@@ -276,7 +277,7 @@ def _torchvision(architecture: Mapping[str, Any], *, channels: int, image_size: 
             change(path, value)
         head_path = family.cut_head or family.head
     network = _finished(network, dimension=dimension, head_path=head_path, keep=keep, head_bias=family.bias)
-    return network, Blueprint(constructor, options, changes)
+    return network, Blueprint(constructor, options, changes, expected)
 
 
 def _check_size(name: str, family: Family, options: dict[str, Any], image_size: int) -> None:

@@ -27,14 +27,15 @@ def loading_snippet(config: ModelConfig) -> str:
 
 
 def _torchvision(config: ModelConfig, network: Network) -> str:
-    constructor, options, changes = blueprint(
+    constructor, options, changes, dimension = blueprint(
         config.architecture, channels=config.channels, image_size=config.image_size
     )
     path = str(network.backbone.head_path)
     head = None if network.head is None else without_dropout(network.head)
-    stock = not any(change.path == path or path.startswith(f"{change.path}.") for change in changes)
-    if isinstance(head, nn.Linear) and stock and constructor not in ("squeezenet1_0", "squeezenet1_1"):
-        options = {"num_classes": head.out_features, **options}
+    stock = not any(f"{path}.".startswith(f"{change.path}.") for change in changes)
+    linear = isinstance(head, nn.Linear) and head.in_features == dimension
+    if linear and stock and not constructor.startswith("squeezenet"):
+        options = {"num_classes": len(config.classes), **options}
     else:
         changes = [*changes, Change(path, head or nn.Identity())]
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
@@ -108,19 +109,18 @@ def _one(size: Any) -> Any:
 
 def input_snippet(config: ModelConfig) -> str:
     """Write what turns an image file into the input of `model`."""
-    mode = "GRAY" if config.channels == 1 else "RGB"
-    interpolation = config.interpolation.upper()
+    mode = "L" if config.channels == 1 else "RGB"
+    size, interpolation = config.image_size, config.interpolation.upper()
 
     def column(values: tuple[float, ...]) -> str:
         return f"torch.tensor({[round(value, 6) for value in values]}).view(-1, 1, 1)"
 
-    size = config.image_size
-    lines: list[Any] = [
+    lines = [
         "import torch",
-        "from torchvision.io import decode_image",
+        "from PIL import Image",
         "from torchvision.transforms.v2 import InterpolationMode, functional",
         "",
-        f'image = decode_image("image.png", "{mode}")',
+        f'image = functional.pil_to_tensor(Image.open("image.png").convert("{mode}"))',
         f"image = functional.resize(image, [{size}, {size}], InterpolationMode.{interpolation}, antialias=True)",
         f"x = (image / 255 - {column(config.mean)}) / {column(config.std)}",
         "output = model(x[None])",
