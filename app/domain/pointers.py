@@ -1,5 +1,6 @@
 """What a JSON value lacks against a schema, said as JSON pointers (RFC 6901) with the correction. Pure."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -58,8 +59,17 @@ def _explain(error: Any, also_known: Sequence[str]) -> Iterable[Detail]:
         case "anyOf" | "oneOf" if error.context:
             yield from _explain_alternatives(error, also_known)
         case "enum" | "const":
-            allowed = error.validator_value if error.validator == "enum" else [error.validator_value]
-            yield Detail(pointer=pointer(path), message=_not_among(error.instance, allowed))
+            allowed = ", ".join(map(_shown, _choices(error)))
+            message = f"{_shown(error.instance)} is not one of {allowed}.{_close(error.instance, _choices(error))}"
+            yield Detail(pointer=pointer(path), message=message)
+        case "type":
+            message = f"{_shown(error.instance)} is not {_kinds(error.validator_value)}."
+            yield Detail(pointer=pointer(path), message=message)
+        case "pattern":
+            meaning = error.schema.get("description")
+            hint = f" Expected: {meaning}" if meaning else ""
+            message = f"{_shown(error.instance)} does not match {error.validator_value}.{hint}"
+            yield Detail(pointer=pointer(path), message=message)
         case _:
             yield Detail(pointer=pointer(path), message=f"{_shorten(error.message)}.")
 
@@ -74,28 +84,31 @@ def _explain_alternatives(error: Any, also_known: Sequence[str]) -> Iterable[Det
         errors for errors in branches.values()
         if not any(len(below.absolute_path) == depth and _is_of_another_kind(below) for below in errors)
     ]  # fmt: skip
-    if len(meant) == 1:
+    if len(meant) == 1 and not (len(branches) > 1 and _is_choice(meant[0])):
         for below in meant[0]:
             yield from _explain(below, also_known)
         return
-    messages: list[str] = []
-    for errors in branches.values():
-        first = errors[0]
+    wanted: list[str] = []
+    choices: list[Any] = []
+    for first, *_ in branches.values():
         if first.validator == "type":
-            messages.append(_kinds(first.validator_value))
+            wanted.append(_kinds(first.validator_value))
         elif first.validator in ("enum", "const"):
-            values = first.validator_value if first.validator == "enum" else [first.validator_value]
-            messages.extend(repr(item) for item in values)
+            choices += _choices(first)
         else:
-            messages.append(_shorten(str(first.message)))
-    wanted = " or ".join(dict.fromkeys(messages))
-    yield Detail(pointer=pointer(error.absolute_path), message=f"{_shorten(repr(error.instance))} is not {wanted}.")
+            wanted.append(_shorten(str(first.message)))
+    shown = " or ".join(dict.fromkeys([*map(_shown, choices), *wanted]))
+    message = f"{_shown(error.instance)} is not {shown}.{_close(error.instance, choices)}"
+    yield Detail(pointer=pointer(error.absolute_path), message=message)
+
+
+def _is_choice(errors: Sequence[Any]) -> bool:
+    return all(error.validator in ("enum", "const") and not error.path for error in errors)
 
 
 def _is_of_another_kind(error: Any) -> bool:
     if error.validator in ("enum", "const"):
-        allowed = error.validator_value if error.validator == "enum" else [error.validator_value]
-        return not any(type(item) is type(error.instance) for item in allowed)
+        return not any(type(item) is type(error.instance) for item in _choices(error))
     return error.validator == "type"
 
 
@@ -112,11 +125,18 @@ def _unknown_field(name: str, known: Sequence[str], also_known: Sequence[str]) -
     return f"Unknown field; known here: {', '.join(sorted(known)) or 'none'}."
 
 
-def _not_among(value: Any, allowed: Sequence[Any]) -> str:
+def _choices(error: Any) -> list[Any]:
+    return list(error.validator_value) if error.validator == "enum" else [error.validator_value]
+
+
+def _close(value: Any, allowed: Sequence[Any]) -> str:
     names = [item for item in allowed if isinstance(item, str)]
     close = get_close_matches(value, names, n=2, cutoff=0.5) if isinstance(value, str) else []
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    return f"{_shorten(repr(value))} is not one of {', '.join(map(repr, allowed))}.{hint}"
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    return _shorten(json.dumps(value, ensure_ascii=False))
 
 
 def _shorten(text: str, limit: int = 200) -> str:

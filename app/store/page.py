@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from sqlalchemy import Select
+from sqlalchemy import Boolean, Select, literal
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.sql.functions import FunctionElement
 
 Row = TypeVar("Row")
 
@@ -32,5 +34,26 @@ def read(
 def with_metadata(query: Select[Row], column: InstrumentedAttribute[Any], wanted: dict[str, str]) -> Select[Row]:
     """Keep the rows whose metadata holds all of these pairs."""
     for key, value in wanted.items():
-        query = query.where(column[key].as_string() == value)
+        query = query.where(_HoldsPair(column, literal(key), literal(value)))
     return query
+
+
+class _HoldsPair(FunctionElement[bool]):
+    """Whether a JSON column holds a pair at its top level."""
+
+    type = Boolean()
+    inherit_cache = True
+    name = "holds_pair"
+
+
+@compiles(_HoldsPair, "sqlite")
+def _sqlite(element: Any, compiler: Any, **options: Any) -> str:
+    # A JSON path is compared with the text as it was written, in which every letter beyond ASCII is an escape.
+    column, key, value = (compiler.process(each, **options) for each in element.clauses)
+    return f"EXISTS (SELECT 1 FROM json_each({column}) AS pair WHERE pair.key = {key} AND pair.value = {value})"  # noqa: S608
+
+
+@compiles(_HoldsPair, "postgresql")
+def _postgresql(element: Any, compiler: Any, **options: Any) -> str:
+    column, key, value = (compiler.process(each, **options) for each in element.clauses)
+    return f"(({column} ->> {key}) = {value})"

@@ -37,16 +37,18 @@ SCHEMA: dict[str, Any] = {
     ("change", "at", "says"),
     [
         ({"epochs": 0}, "/epochs", "0 is less than the minimum of 1"),
-        ({"epochs": "ten"}, "/epochs", "'ten' is not of type 'integer'"),
+        ({"epochs": "ten"}, "/epochs", '"ten" is not an integer.'),
         ({"epoch": 3}, "/epoch", "did you mean epochs?"),
         ({"zzzzzz": 3}, "/zzzzzz", "known here: batch_size, epochs"),
         ({"schedule": "cosin"}, "/schedule", "Did you mean cosine?"),
         ({"batch_size": 0}, "/batch_size", "0 is less than the minimum of 1"),
-        ({"batch_size": 1.5}, "/batch_size", "1.5 is not an integer or 'auto'"),
+        ({"batch_size": 1.5}, "/batch_size", '1.5 is not "auto" or an integer.'),
         ({"optimizer": {"momentum": 2}}, "/optimizer/momentum", "2 is greater than the maximum of 1"),
         ({"optimizer": {"momentun": 0.5}}, "/optimizer/momentun", "did you mean momentum?"),
         ({"optimizer": "adamv"}, "/optimizer", "Did you mean adamw?"),
-        ({"optimizer": 5}, "/optimizer", "5 is not an object or "),
+        ({"batch_size": "big"}, "/batch_size", '"big" is not "auto" or an integer.'),
+        ({"recipe": None}, "/recipe", "null is not a string."),
+        ({"optimizer": 5}, "/optimizer", """5 is not "sgd" or "adamw" or an object or null."""),
     ],
 )
 def test_each_mistake_is_located_and_corrected(change: dict[str, Any], at: str, says: str) -> None:

@@ -111,7 +111,7 @@ def test_the_same_architecture_inherits_the_default_options() -> None:
         ({"trainning": {}}, "/trainning", "did you mean training?"),
         ({"training": {"epoch": 3}}, "/training/epoch", "did you mean epochs"),
         ({"params": {"trainble": "all"}}, "/params/trainble", "did you mean trainable?"),
-        ({"params": {"trainable": 3}}, "/params/trainable", "'string'"),
+        ({"params": {"trainable": 3}}, "/params/trainable", "3 is not a string"),
         ({"model": {"architecture": "resnet81"}}, "/model/architecture", "did you mean resnet18"),
         ({"model": {"architecture": "small_cnn", "widht": 2}}, "/model/widht", "did you mean width"),
         ({"model": {"architecture": "small_cnn", "keep_stage": 2}}, "/model/keep_stage", "did you mean keep_stages"),
@@ -124,7 +124,7 @@ def test_the_same_architecture_inherits_the_default_options() -> None:
         ({"model": None}, "/model", "network to start from"),
         ({"model": "mdl_short"}, "/model", "match"),
         ({"data": {"label_fraction": 0.5, "labels_per_class": 3}}, "/data/labels_per_class", "not both"),
-        ({"metadata": {"k": 1}}, "/metadata/k", "'string'"),
+        ({"metadata": {"k": 1}}, "/metadata/k", "1 is not a string"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_correction(change: dict[str, Any], at: str, says: str) -> None:
