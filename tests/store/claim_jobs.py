@@ -9,6 +9,8 @@ from app.store.session import make_engine, transaction
 def main(url: str, project_id: str, worker: str) -> None:
     """Claim whatever there is; the test's jobs have the highest priority of the database."""
     engine = make_engine(url)
+    print("ready", flush=True)
+    sys.stdin.readline()  # so that all begin together
     while True:
         with transaction(engine) as session:
             found = claims.claim(

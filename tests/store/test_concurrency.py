@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, func, insert, select
@@ -37,7 +38,13 @@ def test_two_processes_and_a_thousand_jobs_are_a_thousand_claims(engine: Engine,
         )  # fmt: skip
     script = Path(__file__).with_name("claim_jobs.py")
     command = [sys.executable, str(script), database_url, project.id]
-    workers = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("one", "two")]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([*command, name], **pipes) for name in ("one", "two")]
+    assert [worker.stdout.readline() for worker in workers if worker.stdout] == ["ready\n"] * 2
+    for worker in workers:
+        assert worker.stdin
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
     claimed = [line for worker in workers for line in worker.communicate(timeout=120)[0].splitlines()]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert len(claimed) == JOBS
