@@ -45,7 +45,7 @@ def test_two_processes_and_a_thousand_jobs_are_a_thousand_claims(engine: Engine,
         assert worker.stdin
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    claimed = [line for worker in workers for line in worker.communicate(timeout=120)[0].splitlines()]
+    claimed = [line for worker in workers for line in worker.communicate(timeout=300)[0].splitlines()]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert len(claimed) == JOBS
     assert set(Counter(claimed).values()) == {1}
