@@ -23,7 +23,7 @@ from app.domain.errors import DataFault, SystemFault, UserFault
 from app.domain.jobs import TERMINAL
 from app.domain.models import ModelConfig
 from app.settings import Settings
-from app.store import checkpoints, claims, tables
+from app.store import cache, checkpoints, claims, tables
 from app.store.blobs import Blobs, CorruptBlob, MissingBlob
 from app.store.session import transaction
 from worker.report import BaseModelInput, Limits, Order
@@ -100,11 +100,11 @@ def stage(
     with transaction(engine, read_only=True) as session:
         inputs = find_inputs(session, job)
     scratch.make()
-    cache = settings.home_path / "cache"
+    home_cache = settings.home_path / "cache"
 
     def bring(sha256: str, name: str) -> str:
         check()
-        return str(_link(_cached(blobs, cache / "blobs", sha256), scratch.inputs / name))
+        return str(_link(cache.bring(blobs, home_cache / "blobs", sha256), scratch.inputs / name))
 
     dataset = inputs.dataset
     if dataset is not None:
@@ -125,7 +125,7 @@ def stage(
         job=job.id, attempt=job.attempt, kind=cast("Kind", job.kind), recipe=job.recipe, spec=job.spec, plan=job.plan,
         fingerprint=inputs.fingerprint, dataset=dataset, model=model, upload=upload,
         upload_name=inputs.upload[1] if inputs.upload else None, checkpoint=str(state) if checkpoint else None,
-        children=inputs.children, scratch=str(scratch.folder), cache=str(cache), cache_bytes=settings.cache_bytes,
+        children=inputs.children, scratch=str(scratch.folder), cache=str(home_cache), cache_bytes=settings.cache_bytes,
         threads=threads, device=device,
         limits=Limits(
             max_entries=settings.max_entries, max_entry_bytes=settings.max_entry_bytes,
@@ -234,17 +234,6 @@ def _newest_valid(
     return None, damaged
 
 
-def _cached(blobs: Blobs, folder: Path, sha256: str) -> Path:
-    """Give a verified local copy; a file appears here only after its hash was taken."""
-    path = folder / sha256
-    try:
-        os.utime(path)
-    except FileNotFoundError:
-        folder.mkdir(parents=True, exist_ok=True)
-        blobs.fetch(sha256, path)
-    return path
-
-
 def _link(source: Path, to: Path) -> Path:
     try:
         os.link(source, to)
@@ -255,20 +244,7 @@ def _link(source: Path, to: Path) -> Path:
 
 def tidy(engine: Engine, settings: Settings, *, local_store: bool) -> None:
     """Keep the input cache within its budget, oldest first, and remove the scratch of attempts that are over."""
-    kept: list[tuple[float, int, Path]] = []
-    for path in (settings.home_path / "cache" / "blobs").glob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            status = path.stat()
-            if local_store and status.st_nlink == 1:
-                path.unlink()  # the store itself no longer has it
-            else:
-                kept.append((status.st_mtime, status.st_size, path))
-    total = sum(size for _, size, _ in kept)
-    for _, size, path in sorted(kept):
-        if total <= settings.cache_bytes:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
+    cache.trim(settings.home_path / "cache" / "blobs", settings.cache_bytes, local_store=local_store)
     with transaction(engine, read_only=True) as session:
         rows = session.execute(
             select(tables.Attempt.job_id, tables.Attempt.attempt).where(tables.Attempt.closed_at.is_(None))

@@ -14,7 +14,7 @@ from app.domain.datasets import DatasetStatus, Split
 from app.domain.errors import Conflict, Detail, Invalid
 from app.envelope import Out
 from app.settings import Settings
-from app.store import datasets, owned, samples, tables
+from app.store import cache, datasets, owned, samples, tables
 from app.store.blobs import Blobs
 
 router = APIRouter(prefix="/v1/datasets/{dataset_id}/samples", tags=["samples"])
@@ -117,16 +117,15 @@ class _Local:
     """Finds the file of a digest on this machine, where it is memory-mapped; a remote store is read once."""
 
     def __init__(self, blobs: Blobs, settings: Settings) -> None:
-        self._blobs, self._cache = blobs, settings.home_path / "cache" / "blobs"
+        self._blobs, self._budget = blobs, settings.cache_bytes
+        self._folder = settings.home_path / "cache" / "blobs"
 
     def __call__(self, sha256: str) -> FilePath:
         here = self._blobs.path(sha256)
         if here is not None:
             return here
-        cached = self._cache / sha256
-        if not cached.exists():
-            self._blobs.fetch(sha256, cached)
-        return cached
+        cache.trim(self._folder, self._budget, local_store=False)  # before: what is brought now must stay
+        return cache.bring(self._blobs, self._folder, sha256)
 
 
 def _label(asked: str | None, classes: list[str]) -> int | None:

@@ -1,5 +1,6 @@
 """Datasets: made of a form, an upload or a standard set; listed, waited for, deleted."""
 
+import errno
 import hashlib
 import threading
 import time
@@ -13,7 +14,7 @@ from sqlalchemy import Engine, select
 from app.domain.errors import Failure
 from app.settings import Settings
 from app.store import datasets, tables
-from app.store.blobs import Blobs
+from app.store.blobs import Blobs, Sink
 from app.store.clock import Now
 from app.store.ids import new_id
 from app.store.session import transaction
@@ -134,6 +135,20 @@ def test_bad_forms_name_the_part_and_leave_nothing(
 ) -> None:
     answer = client.post("/v1/datasets", files=files or {"name": (None, "a")}, data=data if files else {})
     assert assert_error(answer, 422)["param"] == param
+    assert client.get("/v1/datasets").json()["data"] == []
+    assert list((settings.home_path / "blobs" / "incoming").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_said_plainly_and_leaves_nothing(
+    client: httpx.Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(sink: Sink, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Sink, "write", full)
+    answer = client.post("/v1/datasets", files={"file": b"x" * 3_000_000}, data={"name": "d"})
+    assert_error(answer, 503, "insufficient_storage")
+    assert "retry-after" in answer.headers
     assert client.get("/v1/datasets").json()["data"] == []
     assert list((settings.home_path / "blobs" / "incoming").iterdir()) == []
 

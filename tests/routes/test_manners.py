@@ -65,7 +65,7 @@ def halfway() -> StreamingResponse:
 def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Run an API that also has routes that break."""
     home = tmp_path_factory.mktemp("fragile")
-    settings = Settings(home=home, max_body_bytes=2000, log_level="error")  # pyright: ignore[reportCallIssue]
+    settings = Settings(home=home, max_body_bytes=2000, max_upload_bytes=5000, log_level="error")  # pyright: ignore[reportCallIssue]
     migrate.upgrade(settings.database)
     app = create_app(settings)
     app.include_router(broken)
@@ -133,6 +133,14 @@ def test_bodies_have_a_limit(http: httpx.Client) -> None:
     assert_error(http.post("/v1/projects", content=large, headers=json_header), 413, "too_large")
     assert_error(http.post("/v1/projects", content=iter([large]), headers=json_header), 413, "too_large")
     assert_error(http.post("/v1/projects", content=iter([large]), headers={"Content-Type": "text/x"}), 413, "too_large")
+
+
+def test_uploads_have_a_limit(http: httpx.Client) -> None:
+    fits = http.post("/v1/datasets", files={"file": b"x" * 5000}, data={"name": "d"})
+    assert fits.status_code == 202
+    for size in (5001, 3_000_000):
+        refused = http.post("/v1/datasets", files={"file": b"x" * size}, data={"name": "d"})
+        assert_error(refused, 413, "too_large")
 
 
 def test_headers(http: httpx.Client) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 from app.store.blobs import Blobs
 from app.store.session import transaction
 from tests import factories
-from tests.routes.conftest import Caller, assert_error
+from tests.routes.conftest import Caller, Service, assert_error
 from tests.routes.shards import PICTURE, THUMBNAIL, publish
 
 pytestmark = pytest.mark.routes
@@ -112,3 +112,12 @@ def test_only_a_ready_dataset_can_be_browsed(client: httpx.Client) -> None:
     for path in ("samples", "samples/0/image"):
         error = assert_error(client.get(f"/v1/datasets/{made['id']}/{path}"), 409, "dataset_not_ready")
         assert error["status"] == "processing"
+
+
+def test_a_remote_store_is_read_through_the_cache(
+    client: httpx.Client, path: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.app.state.blobs, "path", lambda sha256: None)
+    assert numbers(client, path, label="dog") == [n for n in range(13) if LABELS[n] == 1]
+    assert client.get(f"{path}/samples/12/image").content == PICTURE % (2, b"test")
+    assert list((service.settings.home_path / "cache" / "blobs").iterdir())

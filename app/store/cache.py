@@ -1,0 +1,44 @@
+"""Local copies of blobs, for whoever needs a file: a memory map, a trainer. Least recently used goes first."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from app.store.blobs import Blobs
+
+
+def bring(blobs: Blobs, folder: Path, sha256: str) -> Path:
+    """Give a verified local copy, linked where the store is on this disk; a file appears only after its hash was taken.
+
+    Raises:
+        MissingBlob, CorruptBlob: there is none, or not the right one.
+    """
+    path = folder / sha256
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
+        blobs.fetch(sha256, path)
+    return path
+
+
+def trim(folder: Path, budget: int, *, local_store: bool) -> None:
+    """Keep the copies within `budget` bytes; who has one open reads on.
+
+    With `local_store` a copy is a link and costs nothing while the store has the file, so that one goes whose last link
+    it is.
+    """
+    kept: list[tuple[float, int, Path]] = []
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            if local_store and status.st_nlink == 1:
+                path.unlink()
+            else:
+                kept.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in kept)
+    for _, size, path in sorted(kept):
+        if total <= budget:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
