@@ -7,6 +7,8 @@ endif
 RUN := .venv/bin
 OUT ?= build/bench.json
 ONLY ?=
+DATA ?=
+PAIRS ?= 3
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,7 +40,8 @@ test: setup  ## every test but the long ones
 test-long: setup  ## the long tests
 	$(RUN)/python -m pytest -m long
 
-bench: setup  ## measure against the naive way (OUT=file, ONLY=name)
-	$(RUN)/python -m tests.benchmarks --out $(OUT) $(if $(ONLY),--only $(ONLY))
+bench: setup  ## measure against the naive way (OUT=file ONLY=name DATA=folder PAIRS=3)
+	VIRTUAL_ENV=.venv $(UV) pip install --quiet --require-hashes --no-deps -r tests/benchmarks/requirements.txt
+	$(RUN)/python -m tests.benchmarks --out $(OUT) --pairs $(PAIRS) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
 
 .PHONY: help setup demo up check test test-long bench

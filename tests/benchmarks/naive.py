@@ -43,7 +43,7 @@ class Clock:
         return self.samples / (time.perf_counter() - self.begun)
 
 
-def network(asked: dict[str, Any]) -> nn.Module:
+def network(asked: dict[str, Any]) -> Any:
     """Build a torchvision network; `stem: small` is the usual 3x3 stem for 32 pixels."""
     model = getattr(torchvision.models, asked["architecture"])(num_classes=asked.get("classes", 10))
     if asked.get("stem") == "small":
@@ -127,7 +127,8 @@ def simclr(asked: dict[str, Any]) -> dict[str, float | None]:
     data = ImageFolder(Path(asked["folder"]) / "train", SimCLRTransform(input_size=size, gaussian_blur=0.0))
     loader = DataLoader(data, asked["batch_size"], shuffle=True, num_workers=2, drop_last=True)
     if asked["architecture"] == "small_cnn":
-        backbone, dimension = small_vgg(), 256
+        backbone: Any = small_vgg()
+        dimension = 256
     else:
         backbone = network(asked)
         dimension = backbone.fc.in_features
