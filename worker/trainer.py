@@ -186,7 +186,8 @@ def _pictures(made: Assembly, scratch: Path) -> list[MadeFile]:
         scale = max(1, 64 // pixels.shape[-1])  # small pictures are shown larger, pixel by pixel
         pixels = nn.functional.interpolate(pixels, scale_factor=scale) if scale > 1 else pixels
         grid = torchvision.utils.make_grid(pixels, nrow=len(batch["label"]), padding=2)
-        data = torchvision.io.encode_png((grid * 255).round().to(torch.uint8))
+        # The operator itself, because torchvision's function warns of its deprecation on every call.
+        data = torch.ops.image.encode_png.default((grid * 255).round().to(torch.uint8), 6)
         (scratch / f"{name}.png").write_bytes(data.numpy().tobytes())
         files.append(MadeFile(name=f"{name}.png", file=f"{name}.png", media_type="image/png"))
     return files

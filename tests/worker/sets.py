@@ -1,0 +1,124 @@
+"""Datasets as a trainer gets them, made in a moment: real digits or plain patterns, in shards on disk."""
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from app.domain.datasets import DatasetFacts, Shard
+from worker import trainer
+from worker.report import Failed, Finished, Message, Order, Reporter
+
+Split = tuple[np.ndarray, np.ndarray]  # uint8 [n, height, width] or [n, height, width, 3], and labels with -1 for none
+
+
+def digits(train: int = 160, test: int = 60) -> dict[str, Split]:
+    """Give the first of scikit-learn's digits, 8x8."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return {"train": (pixels[:train], labels[:train]), "test": (pixels[-test:], labels[-test:])}
+
+
+def write_set(folder: Path, splits: dict[str, Split], *, classes: int = 10, rows_per_shard: int = 100) -> DatasetFacts:
+    """Write shards in the canonical form and describe them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    for split, (pixels, labels) in splits.items():
+        for index, start in enumerate(range(0, len(labels), rows_per_shard)):
+            path = folder / f"{split}-{index:05d}.arrow"
+            rows = range(start, min(start + rows_per_shard, len(labels)))
+            images = [{"bytes": _png(pixels[row]), "path": f"{split}/{row}.png"} for row in rows]
+            column = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+            known = pa.array([None if labels[row] < 0 else int(labels[row]) for row in rows], pa.int64())
+            table = pa.table({"image": column, "label": known})
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table, max_chunksize=64)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            shards.append(
+                Shard.model_validate(
+                    {"split": split, "index": index, "rows": len(rows), "sha256": digest, "path": str(path),
+                     "bytes": path.stat().st_size}
+                )
+            )  # fmt: skip
+    first = next(iter(splits.values()))[0]
+    return DatasetFacts(
+        id="ds_local", sha256=hashlib.sha256("".join(s.sha256 for s in shards).encode()).hexdigest(),
+        task="image_classification", classes=tuple(str(n) for n in range(classes)),
+        splits={split: len(labels) for split, (_, labels) in splits.items()}, features={"image": "image"},
+        labelled={split: int((labels >= 0).sum()) for split, (_, labels) in splits.items()},
+        image_sizes={f"{end}_{side}": first.shape[1 + at] for end in ("min", "max")
+                     for at, side in enumerate(("height", "width"))},
+        channels=1 if first.ndim == 3 else 3, shards=tuple(shards),
+    )  # fmt: skip
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+# The smallest network that has everything: convolutions, batch norm, pooling.
+NETWORK = {"architecture": "small_cnn", "width": 0.125}
+
+
+def spec(recipe: str = "image_classification", **given: Any) -> dict[str, Any]:
+    """Give a small job: two epochs of five steps on one thread's worth of work."""
+    training = {"epochs": 2, "batch_size": 16, **given.pop("training", {})}
+    return {"recipe": recipe, "model": NETWORK, "training": training, **given}
+
+
+class Heard:
+    """A reporter's listener that keeps what it heard and may wish for something at some message."""
+
+    def __init__(self, wish: Callable[[Message], str | None] = lambda _: None) -> None:
+        self.messages: list[Message] = []
+        self._wish = wish
+        self.reporter = Reporter(listener=self._hear)
+
+    def _hear(self, message: Message) -> None:
+        self.messages.append(message)
+        wish = self._wish(message)
+        if wish is not None:
+            self.reporter.want(wish)  # type: ignore[arg-type]
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        """Give the messages of one kind."""
+        return [message for message in self.messages if isinstance(message, kind)]
+
+    def codes(self) -> list[str]:
+        """Give the codes of all events, in order."""
+        return [message.code for message in self.messages if message.__class__.__name__ == "Event"]  # type: ignore[attr-defined]
+
+    def metrics(self) -> list[tuple[str, int, float | None]]:
+        """Give every metric row, in order."""
+        return [row for message in self.messages if hasattr(message, "rows") for row in message.rows]  # type: ignore[attr-defined]
+
+
+def order(spec: dict[str, Any], facts: DatasetFacts, folder: Path, **given: Any) -> Order:
+    """Make an order that works below `folder`."""
+    scratch = folder / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    made = trainer.local_order(spec, facts, scratch, folder / "cache", threads=1)
+    return made.model_copy(update=given)
+
+
+def carry_out(given: Order, wish: Callable[[Message], str | None] = lambda _: None) -> tuple[Heard, Finished | Failed]:
+    """Run an order in this process; give what was heard, and the last word."""
+    heard = Heard(wish)
+    trainer.carry_out(given, heard.reporter)
+    last = heard.messages[-1]
+    assert isinstance(last, Finished | Failed)
+    return heard, last
+
+
+def weights_sha256(order: Order) -> str:
+    """Hash the exported weights."""
+    return hashlib.sha256((Path(order.scratch) / "model" / "model.safetensors").read_bytes()).hexdigest()
