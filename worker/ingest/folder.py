@@ -43,7 +43,8 @@ def read(archive: Archive, what: str, asked: str | None) -> Source:
     for name, number in zip(names, numbers, strict=True):
         place = locate(name)
         if place:
-            rows[place[0]].append((name, place[1] if asked != "unlabelled_images" else None, number))
+            label = place[1] if asked != "unlabelled_images" else None
+            rows[place[0]].append((archive.names[number], label, number))
         else:
             ignored.append(Problem(shown(archive.names[number]), _OUTSIDE))
     for part in rows.values():

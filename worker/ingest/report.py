@@ -174,9 +174,8 @@ def _duplicates(
     leaks = [[rows[0], rows[splits[rows] > 0][0]] for rows in crossing[:EXAMPLES]]
     names = names_of(shards, {int(row) for pair in examples + leaks for row in pair})
 
-    def named(pairs: list[list[Any]]) -> list[list[str]]:
-        return [[f"{SPLITS[splits[row]]}/{names[int(row)].removeprefix(SPLITS[splits[row]] + '/')}" for row in pair]
-                for pair in pairs]  # fmt: skip
+    def named(pairs: list[list[Any]]) -> list[list[dict[str, str]]]:
+        return [[{"split": SPLITS[splits[row]], "path": names[int(row)]} for row in pair] for pair in pairs]
 
     return (
         {
