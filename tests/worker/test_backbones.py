@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ GIANTS = {"vit_h_14", "vit_l_16", "vit_l_32", "regnet_y_128gf", "regnet_y_32gf",
 FACTS = {row["name"]: row["facts"] for row in facts()}
 
 
-def make(name, *, channels=3, size=32, seed=0, **options):
+def make(name, *, channels=3, size=32, seed=0, **options) -> Any:
     architecture = {"architecture": name, **options}
     return build_backbone(architecture, channels=channels, image_size=size, seed=seed)
 

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def make_config(architecture, *, size=32, channels=3, head=None, classes=CLASSES
 
 def made_network(config, *, dropout=0.3):
     """Give a network as training leaves it: dropout in the head, running statistics that are not the first ones."""
-    backbone = build_backbone(config.architecture, channels=config.channels, image_size=config.image_size, seed=1)
+    backbone: Any = build_backbone(config.architecture, channels=config.channels, image_size=config.image_size, seed=1)
     torch.manual_seed(0)
     options = config.head or {}
     head = None
@@ -88,6 +89,8 @@ def made_network(config, *, dropout=0.3):
         head = build_head(backbone.dimension, len(config.classes), **options, dropout=dropout, bias=backbone.head_bias)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.8, 1.2)
     return Network(backbone, head).eval()
@@ -174,6 +177,7 @@ def test_exported_keys_are_those_of_stock_torchvision(name):
             options |= {"image_size": PLAIN[name]} if name.startswith("vit") else {}
             stock = torchvision.models.get_model(name, num_classes=3, **options)
         keys = dict(network.backbone.state_dict())
+        assert network.head is not None
         own = network.head.state_dict().items()
         keys |= {f"{network.backbone.head_path}.{key}": value for key, value in own}
     assert {key: value.shape for key, value in keys.items()} == {
@@ -236,7 +240,7 @@ def test_the_input_lines_do_what_training_does(tmp_path, monkeypatch):
     image = torch.randint(0, 256, (1, 16, 16), dtype=torch.uint8)
     to_pil_image(image).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    seen = {"model": lambda x: x}
+    seen: dict[str, Any] = {"model": lambda x: x}
     exec(input_snippet(config), seen)
     assert torch.allclose(seen["output"], (image[None] / 255 - 0.5) / 0.25)
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -14,8 +16,8 @@ START = Progress(step=0, steps=10, epoch=0, epochs=1)
 FACTS = {row["name"]: row["facts"] for row in facts()}
 
 
-def make(architecture="resnet18", *, class_counts=(8, 8, 8), size=16, **params):
-    backbone = build_backbone({"architecture": architecture}, channels=3, image_size=size, seed=0)
+def make(architecture="resnet18", *, class_counts=(8, 8, 8), size=16, **params) -> Any:
+    backbone: Any = build_backbone({"architecture": architecture}, channels=3, image_size=size, seed=0)
     info = Info(
         task="image_classification", classes=("a", "b", "c"), samples=24, channels=3, image_size=size,
         feature_dimension=backbone.dimension, architecture=FACTS[architecture], class_counts=class_counts,
@@ -114,7 +116,7 @@ def test_weighted_loss_is_the_textbook_one(batch):
     module.eval()
     logits = module.evaluate(batch)["logits"].detach()
     weights = torch.tensor([24 / (3 * 12), 24 / (3 * 6), 24 / (3 * 6)])
-    expected = sum(
+    expected: Any = sum(
         -weights[label] * torch.log_softmax(row, 0)[label] for row, label in zip(logits, batch["label"], strict=True)
     )
     assert module(batch, START)["loss"].item() == pytest.approx(expected.item() / 6, rel=1e-5)
@@ -122,7 +124,10 @@ def test_weighted_loss_is_the_textbook_one(batch):
 
 
 def test_mixed_targets_with_one_hot_rows_equal_hard_labels(batch):
-    for options in ({}, {"class_balance": "weighted", "class_counts": (12, 6, 6)}, {"label_smoothing": 0.1}):
+    cases: list[dict[str, Any]] = [
+        {}, {"class_balance": "weighted", "class_counts": (12, 6, 6)}, {"label_smoothing": 0.1},
+    ]  # fmt: skip
+    for options in cases:
         module, _ = make(**options)
         module.eval()
         hard = module(batch, START)["loss"]
@@ -169,7 +174,8 @@ def test_nothing_to_prepare_lets_a_prefix_be_cached():
 def test_prepared_batches_are_mixed_and_keep_their_labels(batch):
     params = ClassificationParams(augmentation="none", mixup=0.4)
     image = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    prepared = inputs(params, make()[1])({"image": image, "label": batch["label"]}, torch.Generator().manual_seed(1))
+    prepare: Any = inputs(params, make()[1])
+    prepared = prepare({"image": image, "label": batch["label"]}, torch.Generator().manual_seed(1))
     assert prepared["image"].shape == image.shape
     assert torch.equal(prepared["label"], batch["label"])
     assert torch.allclose(prepared["target"].sum(1), torch.ones(6))

@@ -23,7 +23,7 @@ from app.domain.spec import Architecture, Strict
 from worker.parts.backbones import SMALL, build_backbone, differences, meta_parameters, names
 from worker.parts.export import Card, export
 from worker.parts.families import AUXILIARY
-from worker.parts.networks import assemble, head_of, load_state, state_dict
+from worker.parts.networks import assemble, head_of, load_state, named_state
 from worker.parts.weights import normalisation
 from worker.report import MadeModel, Order, Reporter
 
@@ -161,7 +161,7 @@ def _config(wanted: ModelImport, state: dict[str, Tensor], name: str) -> ModelCo
         classes = _classes(wanted, state, prefix, name)
         options = wanted.head.model_dump(mode="json") if wanted.head and classes else None
         head = head_of(backbone, len(classes), options) if classes else None
-        if problems := differences(state_dict(backbone, head), state):
+        if problems := differences(named_state(backbone, head), state):
             raise UserFault(
                 f"{name} does not fit {architecture['architecture']}: {'; '.join(problems)}.", code="weights_do_not_fit"
             )

@@ -48,15 +48,20 @@ def head_of(backbone: nn.Module, classes: int, options: Mapping[str, Any] | None
     )
 
 
-def state_dict(backbone: nn.Module, head: nn.Module | None) -> dict[str, Tensor]:
-    """Give the weights of both under torchvision's names, contiguous and on the CPU."""
+def named_state(backbone: nn.Module, head: nn.Module | None) -> dict[str, Tensor]:
+    """Give the weights of both, as they are, under torchvision's names."""
     state = dict(backbone.state_dict())
     if head is not None:
         own = without_dropout(head).state_dict()
         state |= {f"{backbone.head_path}.{name}": value for name, value in own.items()}
+    return state
+
+
+def state_dict(backbone: nn.Module, head: nn.Module | None) -> dict[str, Tensor]:
+    """Give copies of the weights of both under torchvision's names, contiguous and on the CPU."""
     return {
         name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        for name, value in state.items()
+        for name, value in named_state(backbone, head).items()
     }
 
 
@@ -66,7 +71,7 @@ def load_state(network: Network, state: Mapping[str, Tensor], *, source: str) ->
     Raises:
         UserFault: keys or shapes differ; the message names the first few.
     """
-    wanted = state_dict(network.backbone, network.head)
+    wanted = named_state(network.backbone, network.head)
     if problems := differences(wanted, state):
         raise UserFault(f"{source} does not fit its architecture: {'; '.join(problems)}.", code="weights_do_not_fit")
     prefix = f"{network.backbone.head_path}."
