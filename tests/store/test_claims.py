@@ -598,6 +598,20 @@ class TestSweep:
         job = look(engine, waiting)
         assert (job.status, job.base_model_id) == ("queued", "mdl_made")
 
+    def test_a_round_that_nobody_closed_is_closed(self, engine: Engine) -> None:
+        with transaction(engine) as session:
+            project = make_project(session)
+            closed, open_ = (make_job(session, project, status="waiting") for _ in range(2))
+            for parent, statuses in ((closed, ("failed", "succeeded")), (open_, ("failed", "paused"))):
+                for key, status in enumerate(statuses):
+                    child = make_job(session, project, parent_id=parent.id, child_key=str(key))
+                    session.execute(update(tables.Job).where(tables.Job.id == child.id).values(status=status))
+        with transaction(engine) as session:
+            woken = sweeps.sweep(session, limit=10_000)
+        assert (closed.id, False) in woken
+        assert (open_.id, False) not in woken
+        assert (look(engine, closed).status, look(engine, open_).status) == ("queued", "waiting")
+
     def test_what_expired_is_forgotten_and_what_is_used_is_not(self, engine: Engine, blob: Stored) -> None:
         with transaction(engine) as session:
             project = make_project(session)
