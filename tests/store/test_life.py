@@ -10,7 +10,6 @@ from sqlalchemy.orm import Session
 from app.domain.errors import Conflict, Failure
 from app.domain.jobs import Actor, Status, Wanted
 from app.store import events, life, tables
-from app.store.ids import new_id
 from app.store.session import transaction
 from tests.factories import make_dataset, make_job, make_model, make_project
 
@@ -344,14 +343,3 @@ def test_the_log_is_read_in_pages(engine: Engine, job: tables.Job) -> None:
         assert [event.number for event in events.after(session, job.id, 2, 3)] == [3, 4, 5]
         assert [event.number for event in events.after(session, job.id, 6, 3)] == [7]
         assert list(events.after(session, job.id, 7, 3)) == []
-
-
-def test_the_log_is_in_order_however_its_rows_lie(engine: Engine, job: tables.Job) -> None:
-    with transaction(engine) as session:
-        for number in (9, 8, 7):
-            session.add(
-                tables.Event(id=new_id("evt"), job_id=job.id, number=number, type="log", code="x", level="info",
-                             message="x", data={}, attempt=0)
-            )  # fmt: skip
-            session.flush()
-    assert [event.number for event in log(engine, job)] == [1, 7, 8, 9]
