@@ -153,3 +153,9 @@ def test_a_constant_series_stays_small(engine: Engine, job: tables.Job) -> None:
     """Every row equals the extremes, so every row would be kept by a careless query."""
     write(engine, job, [(LOSS, step, 1.0) for step in range(3000)])
     assert len(read(engine, job, points=100)) <= 100
+
+
+def test_a_series_with_many_gaps_stays_within_bounds(engine: Engine, job: tables.Job) -> None:
+    series = {step: None if step % 3 == 0 else float(step % 17) for step in range(3000)}
+    write(engine, job, [(LOSS, step, value) for step, value in series.items()])
+    check_thinned(series, read(engine, job, points=50), 50)
