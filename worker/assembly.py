@@ -90,10 +90,11 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     seed = spec.training.seed
 
     def images(split: str) -> Images | Streamed:
-        return open_images(
+        opened = open_images(
             facts, split, image_size=size, channels=channels, cache=Path(order.cache), cache_bytes=order.cache_bytes,
             threads=threads, reporter=reporter,
         )  # fmt: skip
+        return opened.on(device) if isinstance(opened, Images) and fits(opened, device) else opened
 
     train = images("train")
     mean, std = network.normalisation or (train.mean, train.std)
@@ -120,7 +121,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
                 min_batch=recipe.requires.min_batch, pretrained=network.weights is not None,
             ),
             tuning.look(device.type, threads),
-            mean=mean, std=std, cache="stream" if train.slow else "memory_map",
+            mean=mean, std=std,
+            cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
         )  # fmt: skip
         if getattr(objective, "frozen_prefix", None) is not None:
             plan = plan.model_copy(
@@ -134,7 +136,7 @@ def start(made: Assembly, order: Order, reporter: Reporter) -> Assembly:
     compute.settle(made.plan)
     if made.network.weights is None:
         rows = evaluate.probe_rows(len(made.data.train), made.spec.training.seed)[:1024]
-        batch = made.data.normalise({"image": made.data.train.batch(rows)["image"]}, torch.device("cpu"))
+        batch = made.data.ready(made.data.train.batch(rows), torch.device("cpu"))
         backbones.initialise_from(cast(Any, made.objective).backbone, batch["image"])
     prefix: nn.Module | None = getattr(made.objective, "frozen_prefix", None)
     if not made.plan.prefix_views or prefix is None:
@@ -187,6 +189,13 @@ def choose_device(spec: Spec, order: Order) -> torch.device:
     if spec.resources.device == "cpu" or not order.device.startswith("cuda"):
         return torch.device("cpu")
     return torch.device(order.device)
+
+
+def fits(images: Images, device: torch.device) -> bool:
+    """Say whether decoded images shall live on the device: on a GPU, up to a quarter of its memory."""
+    if device.type != "cuda":
+        return False
+    return images.pixels.nbytes <= torch.cuda.get_device_properties(device).total_memory // 4
 
 
 def _network(spec: Spec, order: Order, facts: DatasetFacts) -> Network:

@@ -42,13 +42,12 @@ def outputs(module: nn.Module, source: Source, data: Data, plan: Plan, device: t
             if evaluate is None:
                 if len(rows) < plan.batch_size and number:
                     continue  # a loss that couples its batch means something else on a small rest
-                if data.prepare is not None:
-                    batch = data.prepare(batch, generator(0, "validation", number))
                 torch.manual_seed(derive(0, "validation", number))
-                ready = compute.ready(data.normalise(batch, device), plan)
-                found = {"loss": module(ready, Progress(0, 1, 0, 1))["loss"].float().expand(len(rows))}
+                ready = data.ready(batch, device, generator(0, "validation", number, device=device))
+                loss: Tensor = module(compute.laid_out(ready, plan), Progress(0, 1, 0, 1))["loss"]
+                found = {"loss": loss.float().expand(len(rows))}
             else:
-                found = evaluate(compute.ready(data.normalise(batch, device), plan))
+                found = evaluate(compute.laid_out(data.ready(batch, device), plan))
             for name, value in {**found, "label": batch["label"]}.items():
                 collected.setdefault(name, []).append(value.detach().cpu())
     return {name: torch.cat(values) for name, values in collected.items()}
@@ -76,8 +75,8 @@ def features(backbone: nn.Module, source: Source, data: Data, plan: Plan, device
     made: list[Tensor] = []
     with evaluating(backbone, plan, device):
         for _, batch in ahead(source, in_order(source, 256)):
-            images = data.normalise({"image": batch["image"]}, device)["image"]
-            made.append(backbone(compute.laid_out(images, plan)).float().flatten(1))
+            ready = compute.laid_out(data.ready({"image": batch["image"]}, device), plan)
+            made.append(backbone(ready["image"]).float().flatten(1))
     return torch.cat(made)
 
 

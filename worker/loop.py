@@ -7,44 +7,27 @@ are looked at every `plan.log_every` steps, which is also when a loss that was n
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from app.domain.errors import SystemFault, UserFault
+from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
 from worker import evaluate
-from worker.checkpoint import Checkpoints, Contents
+from worker.checkpoint import Checkpoints
+from worker.clock import Clock
 from worker.data.source import Data, ahead
 from worker.parts import compute, optim, schedule
 from worker.parts.ema import Average
-from worker.parts.optim import Optimizers
 from worker.parts.seed import derive, generator
 from worker.parts.tuning import Plan
+from worker.parts.window import Window
 from worker.recipe import Batch, Progress
 from worker.report import Metrics, Outcome, Reporter, Wish
-from worker.report import Progress as Shown
-
-SHOW_SECONDS = 1.0
-SAVE_SECONDS = 1.0  # at least, between checkpoints at the ends of epochs,
-SAVING_SHARE = 0.05  # of which no more than this goes into saving
-
-
-@dataclass
-class State:
-    """Where a run is, apart from the tensors: the JSON part of a checkpoint."""
-
-    step: int = 0
-    best: dict[str, Any] | None = None  # {"metric", "value", "step"}
-    waited: int = 0  # validations without improvement
-    metrics: dict[str, float | None] = field(default_factory=dict)  # the latest of each
-    ended_by: str | None = None
-    collapse_reported: bool = False
-    seconds: float | None = None  # kept only under max_seconds, so that other checkpoints hold no time
+from worker.state import State, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -82,7 +65,7 @@ def train(
 
     saved = checkpoints.load()
     if saved is not None:
-        state = _restore(saved, module, optimizer, average, scaler, window, best_weights)
+        state = unpack(saved, module, optimizer, average, scaler, window, best_weights)
         report.event("train.resumed", f"Going on after step {state.step} of {plan.steps}.", step=state.step)
     if plan.compile:
         objective.backbone.compile()
@@ -100,7 +83,7 @@ def train(
     def save() -> None:
         _refuse_non_finite(window, state, data, module, training, plan)
         state.seconds = clock.used() if training.max_seconds is not None else None
-        contents = _contents(state, plan, module, optimizer, average, scaler, window, best_weights)
+        contents = pack(state, plan, module, optimizer, average, scaler, window, best_weights)
         is_best = state.best is not None and state.best["step"] == state.step
         with clock.saving():
             epoch = state.step // plan.steps_per_epoch
@@ -132,10 +115,9 @@ def train(
             optimizer.schedule(learning_rate, training.weight_decay * scales.get("weight_decay", 1.0))
 
             torch.manual_seed(derive(training.seed, "step", state.step))  # dropout, and whatever a recipe draws
-            draws = generator(training.seed, "inputs", state.step)
+            draws = generator(training.seed, "inputs", state.step, device=device)
             for part in _micro_batches(batch, len(rows), plan):
-                prepared = data.prepare(part, draws) if data.prepare is not None else part
-                ready = compute.ready(data.normalise(prepared, device), plan)
+                ready = compute.laid_out(data.ready(part, device, draws), plan)
                 with compute.autocast(plan, device):
                     losses: dict[str, Tensor] = module(ready, progress)
                 window.add(losses, share=1 / plan.accumulate)
@@ -293,54 +275,6 @@ def _report_collapse(numbers: Mapping[str, float], state: State, report: Reporte
     )  # fmt: skip
 
 
-class Window:
-    """The losses of the last few steps, on the device: [size, names]."""
-
-    def __init__(self, size: int) -> None:
-        self.names: list[str] = []
-        self._size, self._open, self._rows = size, None, list[Tensor]()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def full(self) -> bool:
-        return len(self._rows) >= self._size
-
-    def add(self, losses: Mapping[str, Tensor], *, share: float) -> None:
-        """Add a micro-batch's share to the step that is under way."""
-        self.names = self.names or sorted(losses)
-        row = torch.stack([losses[name].detach().float() for name in self.names]) * share
-        self._open = row if self._open is None else self._open + row
-
-    def close_step(self) -> None:
-        assert self._open is not None
-        self._rows.append(self._open)
-        self._open = None
-
-    def means(self, prefix: str) -> dict[str, float]:
-        """Give the mean of every loss; reads from the device."""
-        values = self.values().double().mean(0).tolist()
-        return {f"{prefix}{name}": value for name, value in zip(self.names, values, strict=True)}
-
-    def first_not_finite(self) -> int | None:
-        """Give the first step of the window whose loss is not finite; reads from the device."""
-        if not self._rows:
-            return None
-        bad = ~self.values()[:, self.names.index("loss")].isfinite()
-        return int(bad.int().argmax()) if bool(bad.any()) else None
-
-    def values(self) -> Tensor:
-        """Give all rows: [steps, names]."""
-        return torch.stack(self._rows) if self._rows else torch.empty(0, len(self.names))
-
-    def load(self, values: Tensor, names: list[str], device: torch.device) -> None:
-        self.names, self._rows = names, list(values.to(device))
-
-    def clear(self) -> None:
-        self._rows.clear()
-
-
 def _refuse_non_finite(
     window: Window, state: State, data: Data, module: nn.Module, training: Training, plan: Plan
 ) -> None:
@@ -358,89 +292,3 @@ def _refuse_non_finite(
         f"{', '.join(map(str, samples[:32]))}{', …' if len(samples) > 32 else ''}.",
         code="loss_not_finite", hint="Lower training.learning_rate, or set training.gradient_clip to 1.", phase="train",
     )  # fmt: skip
-
-
-class Clock:
-    """What time is needed for: what the user sees, max_seconds, how often to save. It decides no bit of a weight."""
-
-    def __init__(self, plan: Plan, *, before: float, start: int) -> None:
-        self.before, self.start = before, start
-        self._plan, self._began, self._shown = plan, time.monotonic(), 0.0
-        self._saved, self._cost = -math.inf, 0.0
-
-    def used(self) -> float:
-        """Give the seconds of training over all attempts."""
-        return self.before + time.monotonic() - self._began
-
-    def rate(self, step: int) -> float:
-        """Give samples per second in this attempt."""
-        return (step - self.start) * self._plan.batch_size / max(time.monotonic() - self._began, 1e-9)
-
-    def should_show(self) -> bool:
-        return time.monotonic() - self._shown >= SHOW_SECONDS
-
-    def shown(self, step: int) -> Shown:
-        self._shown = time.monotonic()
-        plan, rate = self._plan, self.rate(step)
-        left = (plan.steps - step) * plan.batch_size
-        return Shown(
-            phase="train", fraction=step / plan.steps, step=step, steps=plan.steps,
-            epoch=min(step // plan.steps_per_epoch + 1, plan.epochs), epochs=plan.epochs,
-            samples_per_second=round(rate, 1), eta_seconds=round(left / rate, 1) if rate else None,
-        )  # fmt: skip
-
-    def should_save(self, training: Training, step: int, epoch_over: bool) -> bool:
-        if training.checkpoint_every != "epoch":
-            return step % training.checkpoint_every == 0
-        return epoch_over and time.monotonic() - self._saved >= max(SAVE_SECONDS, self._cost / SAVING_SHARE)
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._saved = time.monotonic()
-        self._cost = self._saved - began
-
-
-def _contents(
-    state: State, plan: Plan, module: nn.Module, optimizer: Optimizers, average: Average | None,
-    scaler: torch.amp.GradScaler, window: Window, best_weights: Mapping[str, Tensor],
-) -> Contents:  # fmt: skip
-    tensors = {f"model.{name}": value for name, value in module.state_dict().items()}
-    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state().items()}
-    tensors |= {f"average.{name}": value for name, value in (average.weights if average else {}).items()}
-    if len(window):
-        tensors["window.values"] = window.values()
-    # Where the best weights are the present ones they need not be written twice.
-    best_is_here = state.best is not None and state.best["step"] == state.step and average is None
-    if not best_is_here:
-        tensors |= {f"best.{name}": value for name, value in best_weights.items()}
-    return Contents(tensors, {
-        "run": asdict(state), "plan": plan.model_dump(mode="json"), "scaler": scaler.state_dict(),
-        "average_updates": average.updates if average else 0, "window": window.names,
-        "best_is_here": bool(best_weights) and best_is_here,
-    })  # fmt: skip
-
-
-def _restore(
-    saved: Contents, module: nn.Module, optimizer: Optimizers, average: Average | None, scaler: torch.amp.GradScaler,
-    window: Window, best_weights: dict[str, Tensor],
-) -> State:  # fmt: skip
-    device = next(iter(module.parameters())).device
-    try:
-        state = State(**saved.state["run"])
-        module.load_state_dict(saved.part("model"))
-        optimizer.load_state(saved.part("optimizer"))
-        if average is not None:
-            average.load(saved.part("average"), saved.state["average_updates"])
-        if scaler.is_enabled():
-            scaler.load_state_dict(saved.state["scaler"])
-        window.load(saved.part("window").get("values", torch.empty(0)), saved.state["window"], device)
-        best = saved.part("model" if saved.state["best_is_here"] else "best")
-        best_weights.update({name: value.to(device).clone() for name, value in best.items()})
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise SystemFault(
-            f"The checkpoint does not fit this run: {error}", code="checkpoint_does_not_fit",
-            hint="Start again with /retry, without the checkpoint.",
-        ) from error  # fmt: skip
-    return state

@@ -176,9 +176,9 @@ def _pictures(made: Assembly, scratch: Path) -> list[MadeFile]:
     if show is None:
         return []
     torch.manual_seed(derive(made.spec.training.seed, "pictures"))
-    batch = made.data.normalise(made.data.train.batch(picture_rows(made)), made.device)
+    batch = made.data.ready(made.data.train.batch(picture_rows(made)), made.device)
     with evaluate.evaluating(made.objective, made.plan, made.device):
-        shown: dict[str, torch.Tensor] = show(compute.ready(batch, made.plan))
+        shown: dict[str, torch.Tensor] = show(compute.laid_out(batch, made.plan))
     files: list[MadeFile] = []
     mean, std = (value.view(-1, 1, 1) for value in (made.data.mean, made.data.std))
     for name, images in shown.items():

@@ -36,9 +36,7 @@ def make(recipe: Recipe, digits: DatasetFacts, folder: Path, **given: Any) -> As
 
 def loss_of(made: Assembly, step: int = 0, rows: int = 16) -> torch.Tensor:
     batch = made.data.train.batch(torch.arange(rows))
-    if made.data.prepare is not None:
-        batch = made.data.prepare(batch, generator(0, "inputs", step))
-    ready = compute.ready(made.data.normalise(batch, made.device), made.plan)
+    ready = compute.laid_out(made.data.ready(batch, made.device, generator(0, "inputs", step)), made.plan)
     return made.objective(ready, Progress(step, 10, 0, 1))["loss"]
 
 

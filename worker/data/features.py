@@ -61,10 +61,9 @@ def cache_prefix(
     """
 
     def forward(batch: Batch, view: int, start: int) -> Tensor:
-        if augmented and data.prepare is not None:
-            batch = data.prepare(batch, generator(seed, "view", view, start, device="cpu"))
-        images = data.normalise(batch, device)["image"]
-        return prefix(compute.laid_out(images, plan)).to(torch.bfloat16).cpu()
+        draws = generator(seed, "view", view, start, device=device) if augmented else None
+        ready = compute.laid_out(data.ready(batch, device, draws), plan)
+        return prefix(ready["image"]).to(torch.bfloat16).cpu()
 
     prefix.eval()
     with torch.inference_mode(), compute.autocast(plan, device):

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,17 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def on(self, device: torch.device) -> "Images":
+        """Give the same rows with their pixels on a device."""
+        return replace(self, pixels=self.pixels.to(device))
+
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:  # noqa: ARG002 (the same in every epoch)
         """Give the rows of these numbers."""
-        return {"image": self.pixels.index_select(0, rows), "label": self.labels[rows], "index": rows + self.first}
+        return {
+            "image": self.pixels.index_select(0, rows.to(self.pixels.device)),
+            "label": self.labels[rows],
+            "index": rows + self.first,
+        }
 
 
 @dataclass(frozen=True)

@@ -74,17 +74,21 @@ class Data:
     std: Tensor
     probe: Source | None = None  # rows of the training split, without augmentation
 
-    def normalise(self, batch: Batch, device: torch.device) -> Batch:
-        """Move a batch to the device, and put every image in it to zero mean and unit deviation per channel."""
-        return {key: self._normalised(value, device) if key.startswith("image") else value.to(device, non_blocking=True)
-                for key, value in batch.items()}  # fmt: skip
+    def ready(self, batch: Batch, device: torch.device, draws: Generator | None = None) -> Batch:
+        """Move a batch to the device, pass it through the recipe's inputs, and normalise every image in it.
 
-    def _normalised(self, images: Tensor, device: torch.device) -> Tensor:
-        images = images.to(device, non_blocking=True)
+        Without `draws` (of that device) the inputs are left out. Bytes travel, floats are made on the device.
+        """
+        moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        if draws is not None and self.prepare is not None:
+            moved = self.prepare(moved, draws)
+        return {key: self._normalised(value) if key.startswith("image") else value for key, value in moved.items()}
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Bring images to zero mean and unit deviation per channel: (x / full - mean) / std, in one pass."""
         full = 255.0 if images.dtype == torch.uint8 else 1.0
-        # (x / full - mean) / std as one multiplication and one addition.
-        scale = (1 / (full * self.std)).to(device)[:, None, None]
-        shift = (-self.mean / self.std).to(device)[:, None, None]
+        scale = (1 / (full * self.std)).to(images.device)[:, None, None]
+        shift = (-self.mean / self.std).to(images.device)[:, None, None]
         return torch.addcmul(shift, images.float(), scale)
 
 

@@ -38,13 +38,11 @@ def place(module: nn.Module, plan: Plan, device: torch.device) -> nn.Module:
     return module
 
 
-def laid_out(value: Tensor, plan: Plan) -> Tensor:
-    """Bring images into the plan's layout; anything else is left as it is."""
-    if value.ndim == 4 and plan.memory_format == "channels_last":
-        return value.contiguous(memory_format=torch.channels_last)
-    return value
-
-
-def ready(batch: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """Lay out every image of a batch."""
-    return {key: laid_out(value, plan) if key.startswith("image") else value for key, value in batch.items()}
+def laid_out(batch: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """Bring the images of a batch into the plan's memory format."""
+    if plan.memory_format != "channels_last":
+        return batch
+    return {
+        key: value.contiguous(memory_format=torch.channels_last) if key.startswith("image") else value
+        for key, value in batch.items()
+    }

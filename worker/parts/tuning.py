@@ -48,7 +48,7 @@ class Plan(BaseModel):
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    cache: Literal["memory_map", "stream"]
+    cache: Literal["resident", "memory_map", "stream"]
     prefix_views: int = 0  # views of every sample whose frozen prefix is cached; 0 is no such cache
     log_every: int
     probe_every: int = 0  # epochs; 0 is never
@@ -129,7 +129,7 @@ def precision(work: Workload, hardware: Hardware) -> tuple[Precision, str]:
 
 def resolve(
     training: Training, work: Workload, hardware: Hardware, *, mean: tuple[float, ...], std: tuple[float, ...],
-    cache: Literal["memory_map", "stream"] = "memory_map",
+    cache: Literal["resident", "memory_map", "stream"] = "memory_map",
 ) -> Plan:  # fmt: skip
     """Turn every `auto` into a choice, with its reason.
 

@@ -1,0 +1,59 @@
+"""The losses of the last few steps, kept on the device so that no step waits for a number."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Window:
+    """The losses of the last few steps, on the device: [size, names]."""
+
+    def __init__(self, size: int) -> None:
+        self.names: list[str] = []
+        self._size, self._rows = size, list[Tensor]()
+        self._open: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def full(self) -> bool:
+        """Whether it is time to look."""
+        return len(self._rows) >= self._size
+
+    def add(self, losses: Mapping[str, Tensor], *, share: float) -> None:
+        """Add a micro-batch's share to the step that is under way."""
+        self.names = self.names or sorted(losses)
+        row = torch.stack([losses[name].detach().float() for name in self.names]) * share
+        self._open = row if self._open is None else self._open + row
+
+    def close_step(self) -> None:
+        """End the step that is under way."""
+        assert self._open is not None
+        self._rows.append(self._open)
+        self._open = None
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """Give the mean of every loss; reads from the device."""
+        values = self.values().double().mean(0).tolist()
+        return {f"{prefix}{name}": value for name, value in zip(self.names, values, strict=True)}
+
+    def first_not_finite(self) -> int | None:
+        """Give the first step of the window whose loss is not finite; reads from the device."""
+        if not self._rows:
+            return None
+        bad = ~self.values()[:, self.names.index("loss")].isfinite()
+        return int(bad.int().argmax()) if bool(bad.any()) else None
+
+    def values(self) -> Tensor:
+        """Give all rows: [steps, names]."""
+        return torch.stack(self._rows) if self._rows else torch.empty(0, len(self.names))
+
+    def load(self, values: Tensor, names: list[str], device: torch.device) -> None:
+        """Go on from saved `values()`."""
+        self.names, self._rows = names, list(values.to(device))
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._rows.clear()
