@@ -119,8 +119,8 @@ def evaluate(model: nn.Module, asked: dict[str, Any]) -> float:
 
 def simclr(asked: dict[str, Any]) -> dict[str, float | None]:
     """SimCLR as lightly's plain-PyTorch example writes it, with lightly's own transform and loss."""
-    from lightly.loss import NTXentLoss
-    from lightly.transforms import SimCLRTransform
+    from lightly.loss import NTXentLoss  # pyright: ignore
+    from lightly.transforms import SimCLRTransform  # pyright: ignore
 
     torch.manual_seed(asked.get("seed", 0))
     size = asked["image_size"]
