@@ -1,23 +1,18 @@
 """`/v1/datasets`: from bytes or a standard set to validated samples."""
 
 import json
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 
-from app import multipart
-from app.database import Database
+from app.creation import Creation, CreationDep
 from app.deps import (
     METADATA_FILTER,
-    BlobsDep,
     DatabaseDep,
-    IdempotencyKey,
     MetadataFilterDep,
     NotifierDep,
     PageDep,
@@ -32,11 +27,7 @@ from app.domain.datasets import Builtin, DatasetTask, OnError
 from app.domain.errors import Detail, Invalid, UnsupportedMedia
 from app.domain.spec import Metadata, Name, Strict
 from app.envelope import Deleted, FailureOut, Listing, Object, as_time, listing
-from app.idempotency import Once, fingerprint, reserved
-from app.settings import Settings
 from app.store import datasets, owned, tables, uploads
-from app.store.blobs import Blobs
-from app.store.keys import Principal
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 Asked = TypeVar("Asked", bound=BaseModel)
@@ -126,87 +117,35 @@ _MULTIPART = {
         }
     },
 )  # fmt: skip
-async def create(
-    request: Request,
-    response: Response,
-    principal: WriteDep,
-    database: DatabaseDep,
-    blobs: BlobsDep,
-    settings: SettingsDep,
-    key: IdempotencyKey = None,
-) -> DatasetOut:
+async def create(creation: CreationDep) -> DatasetOut:
     """Upload a file in one go, or name a finished upload or a standard set; ingest goes on in a worker."""
-    call = _Call(request, response, principal, database, settings, key)
-    content_type = request.headers.get("content-type", "")
-    if content_type.startswith("multipart/form-data"):
-        return await _from_form(call, blobs)
-    if content_type.startswith("application/json"):
-        return await _from_json(call)
+    if creation.media_type == "multipart/form-data":
+        return await creation.from_form(
+            known=frozenset(_New.model_fields),
+            read=lambda fields: _check(_New, _values(fields)),
+            insert=lambda session, asked, upload: _insert(session, creation, asked, upload=upload),
+        )
+    if creation.media_type == "application/json":
+        body = await creation.request.body()
+        return await creation.from_json(
+            _check(NewDataset, json.loads(body) if body else None),
+            lambda session, asked: _insert(
+                session, creation, asked, builtin=asked.builtin,
+                upload=uploads.take(session, creation.project_id, asked.upload) if asked.upload else None,
+            ),
+        )  # fmt: skip
     raise UnsupportedMedia("Send multipart/form-data with the part `file`, or application/json.")
 
 
-@dataclass(frozen=True)
-class _Call:
-    request: Request
-    response: Response
-    principal: Principal
-    database: Database
-    settings: Settings
-    key: str | None
-
-    @property
-    def route(self) -> str:
-        return f"{self.request.method} {self.request.url.path}"
-
-
-async def _from_form(call: _Call, blobs: Blobs) -> DatasetOut:
-    known = frozenset(_New.model_fields)
-    project_id = call.principal.project_id
-    async with (
-        reserved(call.database, project_id=project_id, route=call.route, key=call.key) as reservation,
-        multipart.receive(call.request, blobs, call.settings, known=known) as form,
-    ):
-        asked = _check(_New, _values(form.fields))
-        asked_print = fingerprint([asked.model_dump(mode="json"), form.file.sha256])
-        reservation.compare(asked_print)
-        await run_in_threadpool(blobs.keep, call.database.engine, form.file)
-
-        def insert(session: Session) -> DatasetOut:
-            upload = uploads.insert(session, project_id, form.file, form.filename)
-            made = _insert(session, call, asked, upload=upload, builtin=None)
-            return reservation.answer(session, call.response, made, asked=asked_print, status=202, location=_at(made))
-
-        return await call.database.run(insert)
-
-
-async def _from_json(call: _Call) -> DatasetOut:
-    body = await call.request.body()
-    asked = _check(NewDataset, json.loads(body) if body else None)
-
-    def insert(session: Session) -> DatasetOut:
-        once = Once(
-            session, call.response, project_id=call.principal.project_id, route=call.route, key=call.key, status=202
-        )  # fmt: skip
-        once.begin(asked)
-        upload = uploads.take(session, call.principal.project_id, asked.upload) if asked.upload else None
-        made = _insert(session, call, asked, upload=upload, builtin=asked.builtin)
-        return once.answer(made, location=_at(made))
-
-    return await call.database.run(insert)
-
-
 def _insert(
-    session: Session, call: _Call, asked: _New, *, upload: tables.Upload | None, builtin: str | None
-) -> DatasetOut:  # fmt: skip
+    session: Session, creation: Creation, asked: _New, *, upload: tables.Upload | None, builtin: str | None = None
+) -> DatasetOut:
     dataset = datasets.insert(
-        session, call.principal.project_id, name=asked.name, upload=upload, builtin=builtin, task=asked.task,
-        on_error=asked.on_error, metadata=dict(asked.metadata), max_attempts=call.settings.max_attempts,
+        session, creation.project_id, name=asked.name, upload=upload, builtin=builtin, task=asked.task,
+        on_error=asked.on_error, metadata=dict(asked.metadata), max_attempts=creation.settings.max_attempts,
+        max_queued_jobs=creation.settings.max_queued_jobs,
     )  # fmt: skip
     return _out(dataset)
-
-
-def _at(made: DatasetOut) -> str:
-    return f"/v1/datasets/{made.id}"
 
 
 def _values(fields: dict[str, str]) -> dict[str, Any]:
@@ -247,6 +186,7 @@ def read_all(
 @router.get("/{dataset_id}")
 async def read_one(
     dataset_id: DatasetId,
+    request: Request,
     principal: ReadDep,
     database: DatabaseDep,
     notifier: NotifierDep,
@@ -263,7 +203,8 @@ async def read_one(
     if wait and found.status == "processing":
         with stream_slot(notifier, principal):
             await notifier.change(
-                "dataset", dataset_id, since=found.status, timeout=min(wait, settings.max_wait_seconds)
+                "dataset", dataset_id, since=found.status, timeout=min(wait, settings.max_wait_seconds),
+                gone=request.is_disconnected,
             )  # fmt: skip
         found = await database.run(find, read_only=True)
     return found

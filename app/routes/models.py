@@ -9,14 +9,13 @@ from urllib.parse import quote
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ConfigDict
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from app import imports, multipart, zips
+from app import imports, zips
+from app.creation import CreationDep
 from app.deps import (
     BlobsDep,
     DatabaseDep,
-    IdempotencyKey,
     NotifierDep,
     PageDep,
     ReadDep,
@@ -27,12 +26,11 @@ from app.deps import (
     stream_slot,
 )
 from app.domain.errors import Unavailable, UnsupportedMedia
-from app.domain.spec import Name, Strict
+from app.domain.spec import Architecture, Name, Strict
 from app.download import BYTES, stored
 from app.envelope import Deleted, FailureOut, FileOut, Listing, Object, Out, as_time, describe_errors, listing
-from app.idempotency import fingerprint, reserved
 from app.imports import Description, Tags
-from app.store import models, recipes, tables, uploads
+from app.store import models, recipes, tables
 from app.store.blobs import MissingBlob
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -91,45 +89,25 @@ class ModelChange(Strict):
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": imports.MULTIPART}}}
     },
 )  # fmt: skip
-async def create(
-    request: Request,
-    response: Response,
-    principal: WriteDep,
-    database: DatabaseDep,
-    blobs: BlobsDep,
-    settings: SettingsDep,
-    key: IdempotencyKey = None,
-) -> ModelOut:
+async def create(creation: CreationDep) -> ModelOut:
     """Import safetensors; a worker checks them against the named architecture."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if creation.media_type != "multipart/form-data":
         raise UnsupportedMedia("Send multipart/form-data with the part `file`, a safetensors file.")
-    project_id, route = principal.project_id, f"{request.method} {request.url.path}"
-    async with (
-        reserved(database, project_id=project_id, route=route, key=key) as reservation,
-        multipart.receive(request, blobs, settings, known=imports.FIELDS) as form,
-    ):
-        asked = imports.read(form.fields)
-        asked_print = fingerprint([asked.model_dump(mode="json"), form.file.sha256])
-        reservation.compare(asked_print)
-        network = await database.run(
-            lambda session: imports.check(asked, recipes.Architectures(session)), read_only=True
-        )
-        await run_in_threadpool(blobs.keep, database.engine, form.file)
 
-        def insert(session: Session) -> ModelOut:
-            upload = uploads.insert(session, project_id, form.file, form.filename)
-            described = asked.model_dump(mode="json", exclude={"architecture", "tags", "description"})
-            model = models.begin_import(
-                session, project_id, upload, name=asked.name, tags=asked.tags, description=asked.description,
-                spec={**described, "model": network.model_dump(mode="json")}, max_attempts=settings.max_attempts,
-                max_queued_jobs=settings.max_queued_jobs,
-            )  # fmt: skip
-            made = _out(model, [], project_id)
-            return reservation.answer(
-                session, response, made, asked=asked_print, status=202, location=f"/v1/models/{made.id}"
-            )
+    def check(session: Session, asked: imports.ModelImport) -> Architecture:
+        return imports.check(asked, recipes.Architectures(session))
 
-        return await database.run(insert)
+    def insert(session: Session, asked: imports.ModelImport, upload: tables.Upload) -> ModelOut:
+        network = check(session, asked)
+        described = asked.model_dump(mode="json", exclude={"architecture", "tags", "description"})
+        model = models.begin_import(
+            session, creation.project_id, upload, name=asked.name, tags=asked.tags, description=asked.description,
+            spec={**described, "model": network.model_dump(mode="json")}, max_attempts=creation.settings.max_attempts,
+            max_queued_jobs=creation.settings.max_queued_jobs,
+        )  # fmt: skip
+        return _out(model, [], creation.project_id)
+
+    return await creation.from_form(known=imports.FIELDS, read=imports.read, check=check, insert=insert)
 
 
 @router.get("")

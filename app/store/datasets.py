@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from sqlalchemy import delete, func, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.datasets import SPLITS, DatasetFacts, DatasetStatus, Shard
 from app.domain.errors import Conflict, Failure
 from app.domain.jobs import TERMINAL, Kind, Status
-from app.store import life, owned, page, tables, uploads
+from app.store import jobs, owned, page, tables, uploads, versions
 from app.store.clock import Now
 from app.store.ids import new_id
 
@@ -39,6 +38,7 @@ def insert(
     on_error: str,
     metadata: dict[str, str],
     max_attempts: int,
+    max_queued_jobs: int,
 ) -> tables.Dataset:
     """Insert a dataset that is being processed, under the next version of its name, and the job that does it."""
     dataset = tables.Dataset(
@@ -46,7 +46,7 @@ def insert(
         upload_id=upload.id if upload else None, builtin=builtin, bytes=upload.bytes if upload else 0, meta=metadata,
         job_id=new_id("job"),
     )  # fmt: skip
-    _insert_next_version(session, dataset, name)
+    versions.insert(session, dataset, name)
     job = tables.Job(
         id=dataset.job_id, project_id=project_id, name=f"Ingest {name}"[:200], recipe="ingest", recipe_version="1",
         kind=Kind.INTERNAL, internal=True, dataset_id=dataset.id, status=Status.QUEUED, max_attempts=max_attempts,
@@ -54,34 +54,9 @@ def insert(
             "upload": dataset.upload_id, "builtin": builtin, "on_error": on_error, "task": task,
         },
     )  # fmt: skip
-    life.insert(session, job)
+    jobs.insert(session, job, max_queued_jobs=max_queued_jobs)
     session.refresh(dataset)
     return dataset
-
-
-def _insert_next_version(session: Session, dataset: tables.Dataset, name: str) -> None:
-    while True:
-        version = _next_version(session, dataset.project_id, name)
-        try:
-            with session.begin_nested():
-                dataset.name, dataset.version = name, version
-                session.add(dataset)
-                session.flush()
-        except IntegrityError:
-            if _next_version(session, dataset.project_id, name) == version:
-                raise  # something else than the race for a version
-        else:
-            return
-
-
-def _next_version(session: Session, project_id: str, name: str) -> int:
-    # Tombstones count: a version that was deleted is never another dataset's.
-    newest = session.scalar(
-        select(func.max(tables.Dataset.version)).where(
-            tables.Dataset.project_id == project_id, tables.Dataset.name == name
-        )
-    )
-    return (newest or 0) + 1
 
 
 def publish(session: Session, dataset_id: str, made: Made) -> None:

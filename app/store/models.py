@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import ColumnElement, delete, func, or_, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, NotFound
 from app.domain.jobs import TERMINAL, Kind, Status
 from app.domain.models import ModelConfig, ModelStatus
-from app.store import jobs, owned, tables, uploads
+from app.store import jobs, owned, tables, uploads, versions
 from app.store.clock import Now
 from app.store.ids import new_id
 from app.store.page import Page, read
@@ -39,7 +38,7 @@ def publish(
                 "recipe_version": job.recipe_version,
             },
         )  # fmt: skip
-        insert(session, model, name=job.name)
+        versions.insert(session, model, job.name)
     model.status, model.task, model.error = ModelStatus.READY, config.task, None
     model.config, model.parameters, model.metrics = config.model_dump(mode="json"), parameters, metrics
     session.add_all(
@@ -72,33 +71,9 @@ def begin_import(
         tags=list(tags), description=description,
         lineage={"job": job.id, "dataset": None, "base_model": None, "recipe": None, "recipe_version": None},
     )  # fmt: skip
-    insert(session, model, name=name)
+    versions.insert(session, model, name)
     session.refresh(model)
     return model
-
-
-def insert(session: Session, model: tables.Model, *, name: str) -> None:
-    """Insert a model, or rename it, under the next version of the name; two at once get two versions."""
-    while True:
-        version = _next_version(session, model.project_id, name)
-        try:
-            with session.begin_nested():
-                model.name, model.version = name, version
-                session.add(model)
-                session.flush()
-        except IntegrityError:
-            if _next_version(session, model.project_id, name) == version:
-                raise  # something else than the race for a version
-        else:
-            return
-
-
-def _next_version(session: Session, project_id: str, name: str) -> int:
-    # Tombstones count: a version that was deleted is never another model's.
-    newest = session.scalar(
-        select(func.max(tables.Model.version)).where(tables.Model.project_id == project_id, tables.Model.name == name)
-    )
-    return (newest or 0) + 1
 
 
 def visible(session: Session, project_id: str, model_id: str, *, keep: bool = False) -> tables.Model | None:
@@ -165,7 +140,7 @@ def change(
     """
     model = owned.find(session, tables.Model, model_id, project_id, lock=True)
     if name is not None and name != model.name:
-        insert(session, model, name=name)
+        versions.insert(session, model, name)
     if visibility is not None:
         model.visibility = visibility
     if tags is not None:
