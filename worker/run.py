@@ -3,13 +3,12 @@
 The one place where an exception, an exit code or a last word becomes the state of a job. Torch-free.
 """
 
-import errno
 import os
 import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,21 +17,20 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from app.domain.errors import Failure, JobFault, SystemFault
+from app.domain.errors import Failure, JobFault
 from app.domain.jobs import Status, Wanted
 from app.settings import Settings
-from app.store import checkpoints, claims, datasets, models, tables
+from app.store import checkpoints, claims, tables
 from app.store.blobs import Blobs, Stored
 from app.store.claims import Fenced, Held
 from app.store.session import transaction
-from worker.lease import Lease
+from worker import publish
+from worker.deaths import Verdict, failure_of_death, failure_of_supervisor, oom_kills
+from worker.lease import Lease, is_outage
 from worker.report import (
     Event,
     Failed,
     Finished,
-    MadeDataset,
-    MadeFile,
-    MadeModel,
     Metrics,
     Planned,
     Progress,
@@ -43,7 +41,7 @@ from worker.report import (
 from worker.slots import Seat, Slots
 from worker.stage import Scratch, Staged, stage
 from worker.warm import Trainer, Warm
-from worker.wire import Verdict, Wire
+from worker.wire import Wire
 
 log = structlog.get_logger(__name__)
 
@@ -83,7 +81,13 @@ def work(host: Host, source: Source, *, internal: bool) -> int:
     """Claim and run jobs of one class until there is none, no slot, or the worker drains; give how many were run."""
     count = 0
     while not host.draining.is_set() and host.warm.ready.is_set():
-        claimed = claim(host, source, internal=internal)
+        try:
+            claimed = claim(host, source, internal=internal)
+        except Exception as error:  # the next poll comes soon
+            if not is_outage(error):
+                raise
+            log.warning("the database does not answer", error=str(error))
+            break
         if claimed is None:
             break
         held, job, seat, since = claimed
@@ -109,7 +113,8 @@ def claim(host: Host, source: Source, *, internal: bool) -> tuple[Held, tables.J
         if found is None:
             return None
         held, job = found
-        return held, job, host.slots.take(internal=internal, gpus=job.gpus), since
+        gpus = 1 if job.device == "cpu" else job.gpus
+        return held, job, host.slots.take(internal=internal, gpus=gpus), since
 
 
 class _NeedNotStart(Exception):
@@ -170,7 +175,8 @@ class Run:
         except Exception:
             self._log.exception("the supervisor failed: the job is left to its lease")
         finally:
-            del self._host.runs[self._held.job_id]
+            if self._host.runs.get(self._held.job_id) is self:  # a later attempt may run here already
+                del self._host.runs[self._held.job_id]
             self._scratch.remove()
             self._log.info("run over", seconds=round(time.monotonic() - self._since, 3))
 
@@ -399,98 +405,11 @@ class Run:
             self._flush()
             self._lease.write(lambda session: claims.insert_children(session, self._held, list(finished.children)))
             return
-        keeps = finished.outcome in ("succeeded", "stopped")
-        files = [(made, self._store_made(made)) for made in finished.files] if keeps else []
-        model = finished.model if keeps else None
-        model_files = [(made.name, self._store_made(made)) for made in model.files] if model else []
-        dataset = self._store_dataset(finished.dataset) if keeps and finished.dataset else None
+        made = publish.store(finished, self._scratch, self._store)
 
         def finish(session: Session) -> tuple[Status, str | None]:
             self._write_pending(session)
-            publishes = claims.may_publish(session, self._held)
-            model_id = self._publish_model(session, model, model_files) if model and publishes else None
-            if dataset is not None and publishes:
-                assert self._job.dataset_id is not None
-                datasets.publish(session, self._job.dataset_id, dataset)
-            after = claims.finish(
-                session, self._held, Status(finished.outcome), result=finished.result, metrics=finished.metrics,
-                best=finished.best, model_id=model_id,
-                files=[(made.name, made.media_type, stored.bytes, stored.sha256) for made, stored in files],
-            )  # fmt: skip
-            return after, model_id
+            return publish.finish(session, self._held, self._job, finished, made)
 
         after, model_id = self._lease.write(finish)
         self._log.info("finished", outcome=finished.outcome, status=after, model=model_id)
-
-    def _publish_model(self, session: Session, model: MadeModel, files: Sequence[tuple[str, Stored]]) -> str:
-        return models.publish(
-            session, self._job, config=model.config, parameters=model.parameters, metrics=model.metrics,
-            files=[(name, stored.bytes, stored.sha256) for name, stored in files],
-        )  # fmt: skip
-
-    def _store_made(self, made: MadeFile) -> Stored:
-        return self._store(self._scratch.find(made.file))
-
-    def _store_dataset(self, made: MadeDataset) -> MadeDataset:
-        """Store shards and thumbnails; their digests must be those that ingest took while it wrote."""
-        for shard in made.shards:
-            for name, sha256 in ((shard.path, shard.sha256), (shard.thumbnails_path, shard.thumbnails_sha256)):
-                if name is None:
-                    continue
-                stored = self._store(self._scratch.find(name))
-                if sha256 is not None and stored.sha256 != sha256:
-                    raise SystemFault(f"{name} changed after it was written.", code="storage_corrupt", phase="publish")
-        return made
-
-
-def failure_of_supervisor(error: Exception) -> Failure:
-    """Class what went wrong in the supervisor itself: a full disk, or something that another attempt may not meet."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Failure(
-            fault="resource", code="disk_full", message=f"The disk of the worker is full: {error}.",
-            hint="Free some space, or lower TUNEYARD_CACHE_BYTES, then /retry.", phase="publish",
-        )  # fmt: skip
-    return Failure(
-        fault="system", code="supervisor", message=f"The worker failed beside the trainer: {type(error).__name__}.",
-        hint="The worker's log tells more.", phase="run", retryable=True,
-    )  # fmt: skip
-
-
-def failure_of_death(verdict: Verdict | None, code: int | None, *, out_of_memory: bool, losses: int) -> Failure:
-    """Class the end of a trainer that said no last word. `code` is its exit code, negative for a signal."""
-    hint = None
-    if verdict == "hung":
-        name, message = "no_progress", "The trainer made no progress for too long and was ended."
-    elif verdict == "protocol":
-        name, message = "protocol", "The trainer said something that is no report."
-    elif out_of_memory:
-        message = "The trainer was killed because the machine ran out of memory."
-        hint = "Try a smaller batch_size, then /retry."
-        if losses:  # the second time it is no accident
-            return Failure(fault="resource", code="out_of_memory", message=message, hint=hint, phase="run")
-        name = "out_of_memory"
-    elif code is None or code == -signal.SIGKILL:
-        name, message = "trainer_killed", "The trainer was killed."
-    elif code < 0:
-        name, message = "trainer_crashed", f"The trainer crashed ({_signal_name(-code)})."
-    else:
-        name, message = "trainer_exited", f"The trainer exited with code {code} without a result."
-    return Failure(fault="system", code=name, message=message, hint=hint, phase="run", retryable=True)
-
-
-def oom_kills() -> int:
-    """Read how many processes the kernel has killed for want of memory; 0 where it does not say."""
-    try:
-        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return 0
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
+from worker.deaths import Verdict
 from worker.report import (
     Failed,
     Finished,
@@ -32,9 +32,6 @@ from worker.report import (
     read_report,
 )  # fmt: skip
 from worker.warm import Trainer
-
-# Why a trainer was killed by its own supervisor.
-Verdict = Literal["fenced", "hung", "protocol", "cancelled", "drained", "silent", "supervisor"]
 
 LINE_BYTES = 64 * 2**20  # a report of an ingest may name a hundred thousand bad files
 BACKLOG = 10_000

@@ -222,4 +222,6 @@ def receive(control: socket.socket) -> tuple[dict[str, Any] | None, int | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)  # taking hundreds of libraries down in order takes seconds, and some complain

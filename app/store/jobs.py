@@ -9,7 +9,7 @@ from sqlalchemy import and_, delete, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from app.domain.errors import Conflict, NotFound, TooManyRequests
-from app.domain.jobs import TERMINAL, Actor, Status, Verb, Wanted, on_request
+from app.domain.jobs import HELD, TERMINAL, Actor, Status, Verb, Wanted, on_request
 from app.store import checkpoints, events, life, owned, tables
 from app.store.clock import Now
 from app.store.page import Page, read, with_metadata
@@ -178,6 +178,8 @@ def _wish(session: Session, job: tables.Job, wanted: Wanted) -> None:
     if job.wanted == wanted:
         return
     job.wanted = wanted
+    if job.status in HELD:  # the worker that holds it hears of it at once, not at its next heartbeat
+        session.info.setdefault("wake", []).append((job.id, job.internal))
     events.append(
         session, job, type="log", code=f"wanted.{wanted}", message=f"The job was asked to {wanted}.",
         data={"status": job.status, "wanted": str(wanted)},

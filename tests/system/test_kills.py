@@ -61,6 +61,7 @@ def test_a_killed_trainer_is_tried_again_at_once_by_the_same_worker(stack: Stack
     assert (first.outcome, first.worker) == ("failed", second.worker)
     assert first.error is not None
     assert first.error["code"] == "trainer_killed"
+    assert first.closed_at is not None
     assert second.opened_at - first.closed_at < 15
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import os
 import signal
 import threading
 import time
@@ -26,7 +25,7 @@ from app.store.session import make_engine, transaction
 from tests.databases import Copy, template
 from tests.factories import make_job, make_project
 from tests.fakes import COMMAND, digest_after
-from worker.run import Host, failure_of_death, oom_kills, work
+from worker.run import Host, work
 from worker.slots import Slots
 from worker.warm import Warm
 
@@ -270,7 +269,7 @@ def test_a_cancel_is_heard_without_a_poke_and_kills_who_does_not_listen(host: Ho
         trainer = trainer_of(host, job_id)
         set_job(host.engine, job_id, wanted="cancel")
         began = time.monotonic()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20  # heartbeat and grace make 3.5 s; the rest is for a busy machine
     assert job_of(host.engine, job_id).status == Status.CANCELLED
     assert dead(trainer)
 
@@ -471,29 +470,3 @@ def test_heartbeats_keep_the_lease_of_a_silent_but_living_run(host: Host) -> Non
     assert work(host, "poll", internal=False) == 1
     job = job_of(host.engine, job_id)
     assert (job.status, job.attempt) == (Status.SUCCEEDED, 1)
-
-
-@pytest.mark.parametrize(
-    ("verdict", "code", "out_of_memory", "losses", "expected"),
-    [
-        (None, -9, False, 0, ("system", "trainer_killed", True)),
-        (None, -9, True, 0, ("system", "out_of_memory", True)),
-        (None, -9, True, 1, ("resource", "out_of_memory", False)),
-        (None, -11, False, 0, ("system", "trainer_crashed", True)),
-        (None, 0, False, 0, ("system", "trainer_exited", True)),
-        (None, None, False, 0, ("system", "trainer_killed", True)),
-        ("hung", -9, False, 0, ("system", "no_progress", True)),
-        ("protocol", -9, False, 0, ("system", "protocol", True)),
-    ],
-)
-def test_the_class_of_a_death(
-    verdict: Any, code: int | None, out_of_memory: bool, losses: int, expected: tuple[str, str, bool]
-) -> None:
-    failure = failure_of_death(verdict, code, out_of_memory=out_of_memory, losses=losses)
-    assert (failure.fault, failure.code, failure.retryable) == expected
-
-
-def test_the_kernels_count_of_memory_kills_is_read() -> None:
-    assert oom_kills() >= 0
-    assert isinstance(oom_kills(), int)
-    assert os.path.exists("/proc/vmstat")
