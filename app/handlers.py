@@ -26,7 +26,7 @@ from app.domain.errors import (
     Unavailable,
     UnsupportedMedia,
 )
-from app.domain.pointers import pointer
+from app.domain.pointers import pointer, sent_pointer
 from app.idempotency import Replayed
 
 log = structlog.get_logger(__name__)
@@ -134,21 +134,10 @@ def _message(item: dict[str, Any]) -> str:
 
 
 def _pointer(item: dict[str, Any], sent: Any) -> str:
-    """Point into what was sent; pydantic also puts the names of union branches into its path, which nobody sent."""
     where, *rest = item["loc"]
     if where != "body":
         return pointer([where, *rest])
-    path: list[str | int] = []
-    here = sent
-    for part in rest:
-        is_key = isinstance(here, dict) and part in here
-        is_index = isinstance(here, list) and isinstance(part, int) and part < len(cast(list[Any], here))
-        if is_key or is_index:
-            here = cast(Any, here)[part]
-            path.append(part)
-        elif item["type"] == "missing" and part == rest[-1]:
-            path.append(part)
-    return pointer(path)
+    return sent_pointer(rest, sent, missing=item["type"] == "missing")
 
 
 async def _on_replayed(_request: Request, replayed: Replayed) -> Response:

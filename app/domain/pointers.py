@@ -144,23 +144,31 @@ def _shorten(text: str, limit: int = 200) -> str:
 
 
 def validation_details(error: ValidationError, value: Any) -> list[Detail]:
-    """Turn pydantic's errors about `value` into details, without the names of union branches in the pointers."""
+    """Turn pydantic's errors about `value` into details."""
     found: list[Detail] = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
-        path: list[str | int] = []
-        here: Any = value
-        for part in item["loc"]:
-            is_key = isinstance(here, dict) and part in here
-            is_index = isinstance(here, list) and isinstance(part, int) and part < len(cast(list[Any], here))
-            if is_key or is_index:
-                here = cast(Any, here)[part]
-                path.append(part)
-            elif item["type"] == "missing" and part == item["loc"][-1]:
-                path.append(part)
-        detail = Detail(pointer=pointer(path), message=f"{item['msg']}.")
+        where = sent_pointer(item["loc"], value, missing=item["type"] == "missing")
+        detail = Detail(pointer=where, message=f"{item['msg']}.")
         if detail not in found:
             found.append(detail)
     return found
+
+
+def sent_pointer(location: Sequence[str | int], value: Any, *, missing: bool) -> str:
+    """Point into what was sent: pydantic also puts the names of union branches into its path, which nobody sent.
+
+    The last part of the path to a `missing` field is not there either, but is what the reader wants to know.
+    """
+    path: list[str | int] = []
+    for number, part in enumerate(location, start=1):
+        is_key = isinstance(value, dict) and part in value
+        is_index = isinstance(value, list) and isinstance(part, int) and part < len(cast(list[Any], value))
+        if is_key or is_index:
+            value = cast(Any, value)[part]
+            path.append(part)
+        elif missing and number == len(location):
+            path.append(part)
+    return pointer(path)
 
 
 def schema_defaults(schema: Mapping[str, Any], value: Mapping[str, Any], name: str) -> Json:
