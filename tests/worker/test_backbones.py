@@ -17,6 +17,7 @@ from worker.parts.backbones import (
     stage_modules,
     stages,
 )
+from worker.parts.families import pool_by_products
 
 pytestmark = pytest.mark.worker
 
@@ -196,6 +197,13 @@ def test_small_cnn_takes_every_size(size, channels):
 
 def test_small_cnn_has_two_million_parameters():
     assert sum(parameter.numel() for parameter in make("small_cnn").parameters()) == pytest.approx(2e6, rel=0.05)
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(1, 7), (2, 7), (7, 7), (8, 7), (14, 7), (5, 3), (13, 6)])
+def test_the_pool_for_deterministic_gradients_is_the_same_pool(size, wanted):
+    x = torch.randn(2, 3, size, size + 1)
+    expected = nn.functional.adaptive_avg_pool2d(x, (wanted, wanted))
+    assert torch.allclose(pool_by_products(x, wanted, wanted), expected, atol=1e-6)
 
 
 def test_whitening_makes_patches_white():

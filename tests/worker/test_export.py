@@ -147,6 +147,16 @@ def test_an_unmodified_architecture_loads_in_three_lines_of_torchvision(name):
         assert lines[0] == "model = torchvision.models.resnet18(num_classes=3)"
 
 
+@pytest.mark.parametrize("architecture", [
+    {"architecture": "inception_v3", "keep_stages": 1}, {"architecture": "mlp", "hidden": [64] * 12},
+    {"architecture": "googlenet", "keep_stages": 1, "stem": "small"},
+    {"architecture": "squeezenet1_1", "keep_stages": 1, "stem": "small"},
+])  # fmt: skip
+def test_the_longest_snippets_have_25_lines_at_most(architecture):
+    config = make_config(architecture, size=96, channels=1, head={"hidden": [64] * 8, "activation": "gelu"})
+    assert len(loading_snippet(config).splitlines()) <= LINES
+
+
 QUICK_CHANGES = (0, 1, 4, 7, 8, 13, 14, 15)
 
 

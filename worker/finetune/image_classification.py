@@ -152,6 +152,8 @@ class Classifier(nn.Module):
             x = batch["prefix"]
             x = x if torch.is_autocast_enabled(x.device.type) else x.to(next(self.head.parameters()).dtype)
             return self.head(self._run(x, self.frozen_stages))
+        if self._still == 0:
+            return self.head(self.backbone(batch["image"]))  # as a whole, because it may be compiled as a whole
         return self.head(self._run(batch["image"], 0))
 
     def _run(self, x: Tensor, start: int) -> Tensor:

@@ -175,7 +175,7 @@ def _own_properties(name: str) -> dict[str, Any]:
         return {
             "hidden": {
                 "type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 16384},
-                "minItems": 1, "maxItems": 16, "default": [512, 256], "description": "Width of each layer.",
+                "minItems": 1, "maxItems": 12, "default": [512, 256], "description": "Width of each layer.",
             },
             "activation": {"enum": list(ACTIVATIONS), "default": "relu", "description": "After every layer."},
         }  # fmt: skip

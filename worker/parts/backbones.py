@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from app.domain.errors import UserFault
 from worker.parts import small_networks
-from worker.parts.families import AUXILIARY, FAMILIES, Change, Family, Layout, Part, Step
+from worker.parts.families import AUXILIARY, FAMILIES, Change, ExactPool, Family, Layout, Part, Step
 from worker.parts.weights import pretrained_state
 
 SMALL = ("small_cnn", "mlp", "small_vit")
@@ -257,6 +257,8 @@ def _torchvision(architecture: Mapping[str, Any], *, channels: int, image_size: 
     head = network.get_submodule(family.head)
     dimension = expected = int(getattr(head, "in_features", 0) or getattr(head, "in_channels", 0))
     apply_change(network, Change(family.head, nn.Identity()))
+    if isinstance(network, tv.VGG | tv.AlexNet):
+        apply_change(network, Change("avgpool", ExactPool(*cast(Any, network.avgpool).output_size)))
     if isinstance(network, tv.SqueezeNet):
         # Its last layer is a convolution whose output is clipped by a ReLU and pooled; here the features are pooled.
         change("classifier.0", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Dropout(0.5)))
