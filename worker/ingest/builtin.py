@@ -3,6 +3,7 @@
 What is fetched is checked by its published MD5 and then read by the same readers as an upload: nothing is unpickled.
 """
 
+import contextlib
 import hashlib
 import os
 import urllib.error
@@ -81,10 +82,10 @@ def _cifar(name: str, folder: Path, scratch: Path, limits: Limits, tick: Tick) -
 
     kind = CIFAR100 if name == "cifar100" else CIFAR10
     packed = fetch(kind.url, folder / kind.filename, kind.tgz_md5, name, tick)
-    archive = _tar(packed, scratch, limits)
-    wanted = {file for file, _ in (*kind.train_list, *kind.test_list)} | {kind.meta["filename"]}
-    chosen = [n for n, entry in enumerate(archive.names) if entry.rsplit("/", 1)[-1] in wanted]
-    return cifar.read(archive, chosen, scratch)
+    with contextlib.closing(_tar(packed, scratch, limits)) as archive:
+        wanted = {file for file, _ in (*kind.train_list, *kind.test_list)} | {kind.meta["filename"]}
+        chosen = [n for n, entry in enumerate(archive.names) if entry.rsplit("/", 1)[-1] in wanted]
+        return cifar.read(archive, chosen, scratch)
 
 
 def _mnist(name: str, folder: Path, scratch: Path, limits: Limits, tick: Tick) -> Source:
@@ -122,14 +123,14 @@ def _svhn(name: str, folder: Path, scratch: Path, limits: Limits, tick: Tick) ->
 def _stl10(name: str, folder: Path, scratch: Path, limits: Limits, tick: Tick) -> Source:
     from torchvision.datasets import STL10
 
-    archive = _tar(fetch(STL10.url, folder / STL10.filename, STL10.tgz_md5, name, tick), scratch, limits)
-    by_name = {entry.rsplit("/", 1)[-1]: number for number, entry in enumerate(archive.names)}
+    packed = fetch(STL10.url, folder / STL10.filename, STL10.tgz_md5, name, tick)
+    with contextlib.closing(_tar(packed, scratch, limits)) as archive:
+        for number, entry in enumerate(archive.names):
+            if entry.endswith(".bin"):
+                archive.unpack(number, scratch / entry.rsplit("/", 1)[-1])
     parts: list[tuple[Split, str, np.ndarray, np.ndarray | None]] = []
     stems: tuple[tuple[str, Split], ...] = (("train", "train"), ("unlabeled", "train"), ("test", "test"))
     for stem, split in stems:
-        for file in (f"{stem}_X.bin", f"{stem}_y.bin"):
-            if file in by_name:
-                archive.unpack(by_name[file], scratch / file)
         pixels = np.memmap(scratch / f"{stem}_X.bin", np.uint8, "r").reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)
         labels = scratch / f"{stem}_y.bin"
         parts.append((split, stem, pixels, np.fromfile(labels, np.uint8) - 1 if labels.exists() else None))
@@ -139,7 +140,7 @@ def _stl10(name: str, folder: Path, scratch: Path, limits: Limits, tick: Tick) -
         for split, stem, pixels, labels in parts:
             yield from pixel_rows(pixels, labels, split, [f"{stem}/{n:06d}.png" for n in range(len(pixels))])
 
-    return Source("stl10", _STL10, rows(), sum(part[2].nbytes for part in parts), close=archive.close)
+    return Source("stl10", _STL10, rows(), sum(part[2].nbytes for part in parts))
 
 
 _READERS: dict[str, Callable[[str, Path, Path, Limits, Tick], Source]] = {

@@ -55,7 +55,6 @@ def read(archive: Archive, numbers: list[int], scratch: Path) -> Source:
     classes = _classes(found, classes_key, max(int(part.labels.max(initial=-1)) for part in parts) + 1)
     return Source(
         "cifar", classes, _rows(parts), sum(part.pixels.nbytes for part in parts),
-        close=archive.close,
     )  # fmt: skip
 
 

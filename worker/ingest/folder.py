@@ -63,7 +63,6 @@ def read(archive: Archive, what: str, asked: str | None) -> Source:
         problems,
         ignored,
         warnings,
-        archive.close,
     )
 
 

@@ -81,9 +81,12 @@ def _archive(archive: Archive, what: str, scratch: Path, asked: str | None, limi
             raise nothing_found(what, ())
         else:
             source = folder.read(archive, what, asked)
+            source.close = archive.close
     except BaseException:
         archive.close()
         raise
+    if source.format != "image_folder":
+        archive.close()  # what is needed lies unpacked in scratch
     source.problems = archive.refused + source.problems
     source.warnings = archive.warnings + source.warnings
     return source

@@ -4,7 +4,7 @@ The format: two zero bytes, a type (8 is uint8), the number of dimensions, each 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +37,12 @@ def read_archive(archive: Archive, numbers: list[int], scratch: Path, limits: Li
         path = scratch / f"idx-{number}"
         archive.unpack(number, path)
         files.append(_open(path, archive.names[number], scratch, limits))
-    return _source(files, archive.close)
+    return _source(files)
 
 
 def read_file(path: Path, name: str) -> Source:
     """Read one idx file of images, without labels. Raises `DataFault`."""
-    return _source([_File(name, _array(path, name))], lambda: None)
+    return _source([_File(name, _array(path, name))])
 
 
 def _open(path: Path, name: str, scratch: Path, limits: Limits) -> _File:
@@ -78,7 +78,7 @@ def _split(name: str) -> Split:
     return "validation" if "val" in text else "train"
 
 
-def _source(files: list[_File], close: Callable[[], None]) -> Source:
+def _source(files: list[_File]) -> Source:
     labels = {_KIND.sub("", file.name): file for file in files if file.values.ndim == 1}
     parts: list[tuple[Split, str, np.ndarray, np.ndarray | None]] = []
     for file in files:
@@ -99,7 +99,7 @@ def _source(files: list[_File], close: Callable[[], None]) -> Source:
                 f"{shown(file.name)} has {len(pixels)} images and {shown(own.name)} {len(own.values)} labels",
                 phase="read", hint="upload the files that belong together",
             )  # fmt: skip
-        parts.append((_split(file.name), file.name, pixels, own.values if own else None))
+        parts.append((_split(file.name), file.name, pixels, own.values.astype(np.int64) if own else None))
     if not parts:
         raise DataFault(
             f"only labels in {', '.join(shown(file.name) for file in files)}", code="no_images", phase="read",
@@ -109,7 +109,7 @@ def _source(files: list[_File], close: Callable[[], None]) -> Source:
     least = max((int(own.max(initial=-1)) + 1 for _, _, _, own in parts if own is not None), default=0)
     return Source(
         "idx", tuple(str(number) for number in range(least)), _rows(parts), sum(part[2].nbytes for part in parts),
-        [Problem(shown(file.name), "labels without images") for file in labels.values()], close=close,
+        [Problem(shown(file.name), "labels without images") for file in labels.values()],
     )  # fmt: skip
 
 

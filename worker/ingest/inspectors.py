@@ -1,7 +1,7 @@
 """Processes that decode every image once, so that no image can take the trainer down.
 
 torchvision's decoders are C libraries fed by strangers, and a broken PNG is enough to crash torchvision 0.29
-(docs/decisions/0022). So each inspector is a forked child with small limits and no open file but its socket. It notes
+(docs/decisions/0007). So each inspector is a forked child with small limits and no open file but its socket. It notes
 the image it is at in shared memory: when it dies or hangs, that image gets a name and a reason, and a new child goes on
 behind it.
 

@@ -46,9 +46,7 @@ def read_archive(archive: Archive, numbers: list[int], scratch: Path, limits: Li
         path = scratch / f"table-{number}.parquet"
         archive.unpack(number, path)
         paths.append((path, archive.names[number]))
-    source = read_files(paths, limits)
-    source.close = archive.close
-    return source
+    return read_files(paths, limits)
 
 
 def read_files(paths: Sequence[tuple[Path, str]], limits: Limits) -> Source:

@@ -1,8 +1,8 @@
-"""The pickles of the CIFAR files, read without unpickling (docs/decisions/0023).
+"""The pickles of the CIFAR files, read without unpickling (docs/decisions/0008).
 
 A pickle is a program. This reader knows the few instructions that write a dictionary of strings, numbers, lists and
-one kind of array; anything else, and any name but three of numpy's, is refused. Nothing is imported or called: a
-"call" of numpy's constructor only notes that an array comes.
+one kind of array; anything else, and any name but those that stand for an array or for bytes, is refused. Nothing is
+imported or called: a "call" of numpy's constructor only notes that an array comes.
 """
 
 import struct
@@ -14,9 +14,11 @@ import numpy as np
 from app.domain.errors import DataFault
 
 MAX_STEPS = 20_000_000
-_NAMES = frozenset(
-    {"numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"}
-)
+_NAMES = frozenset({
+    "numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct", "numpy ndarray", "numpy dtype",
+    "numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer",  # how protocol 5 writes an array
+    "_codecs encode", "__builtin__ bytes",  # how Python 3 writes bytes in protocol 2
+})  # fmt: skip
 _MARK = object()
 _FIXED: dict[int, Callable[[], Any]] = {
     ord("}"): dict, ord("]"): list, ord(")"): tuple, ord("("): lambda: _MARK,
@@ -26,7 +28,7 @@ _NUMBERS = {ord("K"): struct.Struct("<B"), ord("M"): struct.Struct("<H"), ord("J
 _STRINGS = {  # length field, and whether it is text
     ord("U"): (struct.Struct("<B"), False), ord("T"): (struct.Struct("<i"), False),
     ord("C"): (struct.Struct("<B"), False), ord("B"): (struct.Struct("<I"), False),
-    0x8C: (struct.Struct("<B"), True), ord("X"): (struct.Struct("<I"), True),
+    0x96: (struct.Struct("<Q"), False), 0x8C: (struct.Struct("<B"), True), ord("X"): (struct.Struct("<I"), True),
 }  # fmt: skip
 _PUTS = {ord("q"): struct.Struct("<B"), ord("r"): struct.Struct("<I")}
 _GETS = {ord("h"): struct.Struct("<B"), ord("j"): struct.Struct("<I")}
@@ -71,11 +73,7 @@ def load(data: memoryview, name: str) -> dict[str, Any]:
 
 
 def _text(key: Any) -> str:
-    if isinstance(key, memoryview):
-        return bytes(key).decode("ascii")
-    if isinstance(key, str):
-        return key
-    raise _Bad("a key is no text")
+    return key.decode("ascii") if isinstance(key, bytes) else key
 
 
 def _finished(item: Any) -> Any:
@@ -117,6 +115,9 @@ def _run(data: memoryview) -> Any:
             at += _GETS[code].size
         elif code in _SKIPS:
             at += _SKIPS[code]
+        elif code == 0x8A:  # LONG1
+            stack.append(int.from_bytes(data[at + 1 : at + 1 + data[at]], "little", signed=True))
+            at += 1 + data[at]
         elif code == ord("c"):
             module, name, at = _lines(data, at)
             stack.append(_allowed(f"{module} {name}"))
@@ -196,14 +197,25 @@ def _list(value: Any) -> list[Any]:
     return _require(value, list)
 
 
-def _call(called: Any, arguments: Any) -> _Coming:
+def _call(called: Any, arguments: Any) -> Any:
+    """Give what a call would have made: always bytes, or an array or dtype that waits for its state."""
     if not isinstance(called, _Name) or not isinstance(arguments, tuple):
         raise _Bad("it calls something that is no name")
-    if called.text.endswith("_reconstruct") and arguments and arguments[0] == _Name("numpy ndarray"):
-        return _Coming("array")
-    if called.text == "numpy dtype" and arguments and _plain(arguments[0]) == "u1":
-        return _Coming("dtype")
-    raise _Bad("it holds an array of another type than uint8")
+    match called.text, arguments:
+        case "_codecs encode", (str() as text, coding) if _plain(coding) == "latin1":
+            return memoryview(text.encode("latin-1"))
+        case "__builtin__ bytes", ():
+            return memoryview(b"")
+        case "numpy dtype", (kind, *_) if _plain(kind) == "u1":
+            return _Coming("dtype")
+        case _, (_Name("numpy ndarray"), *_) if called.text.endswith("_reconstruct"):
+            return _Coming("array")
+        case _, (memoryview() as raw, dtype, shape, order) if called.text.endswith("_frombuffer"):
+            coming = _Coming("array")
+            _build(coming, (1, shape, dtype, _plain(order) == "F", raw))
+            return coming
+        case _:
+            raise _Bad("it holds an array of another type than uint8")
 
 
 def _plain(value: Any) -> str | None:

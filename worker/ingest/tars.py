@@ -1,4 +1,4 @@
-"""Tar archives, plain or gzipped, read with our own strict reader (docs/decisions/0021).
+"""Tar archives, plain or gzipped, read with our own strict reader (docs/decisions/0006).
 
 A gzipped one is first unpacked to a plain tar in scratch, counted as it grows, so that entries can be read in any
 order. Headers: ustar, old v7, GNU long names, pax paths and sizes.

@@ -1,4 +1,4 @@
-"""Zip archives, read by their central directory with our own strict reader (docs/decisions/0021).
+"""Zip archives, read by their central directory with our own strict reader (docs/decisions/0006).
 
 Every number in a zip stands twice, and attacks live in the difference. Here the central directory must end exactly
 where the end record begins, no two entries may share a byte, the local header must say the same as the central one,
