@@ -104,7 +104,10 @@ def main(order_path: str, connection: socket.socket) -> int:
     reporter.planned(
         order.plan or {"threads": order.threads, "made_in_attempt": order.attempt}, {"machine": "fake"}, exact=True
     )
-    reporter.event("trainer.began", f"Begins at step {step}.", step=step, environment=sorted(os.environ))
+    reporter.event(
+        "trainer.began", f"Begins at step {step}.", step=step, environment=sorted(os.environ),
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )  # fmt: skip
     outcome: Outcome = "succeeded"
     while step < fake.steps:
         if faulty:
@@ -182,4 +185,7 @@ def _model(order: Order, state: str) -> MadeModel:
 
 
 if __name__ == "__main__":
-    sys.exit(zygote.serve(socket.socket(fileno=int(sys.argv[1])), main, published()))
+    control = socket.socket(fileno=int(sys.argv[1]))
+    if "--device" in sys.argv:
+        sys.exit(zygote.serve_once(control, main))
+    sys.exit(zygote.serve(control, main, published()))

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import psutil
+import redis
 from sqlalchemy import select, update
 
 from app.local.redis import RedisConfig, find_redis
@@ -123,6 +124,11 @@ class Stack:
             self.redis.send_signal(number)
             self.redis.wait(10)
             self.redis = None
+
+    def flush_redis(self) -> None:
+        """Empty Redis while everybody uses it."""
+        with redis.Redis(unix_socket_path=str(self.config.socket), password=self.config.password) as client:
+            client.flushall()
 
     def stop_worker(self, worker: Worker, number: int = signal.SIGKILL, timeout: float = 30) -> int:
         """Signal a worker, wait for its end, and give its exit code."""

@@ -5,7 +5,6 @@ import signal
 import time
 
 import pytest
-import redis
 
 from app.local.redis import find_redis
 from tests.fakes import digest_after
@@ -67,10 +66,9 @@ def test_flushall_loses_nothing(stack: Stack) -> None:
     dataset = stack.dataset()
     blocker = stack.submit(dataset=dataset, steps=60, step_seconds=0.03)
     ids = [stack.submit(dataset=dataset, steps=3, seed=seed) for seed in range(10)]
-    with redis.Redis(unix_socket_path=str(stack.config.socket), password=stack.config.password) as client:
-        for _ in range(5):
-            client.flushall()
-            time.sleep(0.1)
+    for _ in range(5):
+        stack.flush_redis()
+        time.sleep(0.1)
     for seed, job_id in enumerate(ids):
         stack.until_status(job_id, "succeeded")
         assert stack.weights(job_id) == digest_after(3, seed).encode()

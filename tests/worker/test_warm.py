@@ -1,6 +1,7 @@
 """Warm trainers: a dead zygote is replaced, changed code is picked up, nothing secret is inherited."""
 
 import contextlib
+import json
 import os
 import queue
 import signal
@@ -35,7 +36,7 @@ def warm(tmp_path: Path, catalogues: "queue.Queue[Any]") -> Iterator[Warm]:
     warm.close()
 
 
-def start(warm: Warm, folder: Path, **fake: Any) -> Trainer:
+def start(warm: Warm, folder: Path, *, gpus: tuple[str, ...] = (), **fake: Any) -> Trainer:
     folder.mkdir()
     limits = Limits(max_entries=1, max_entry_bytes=1, max_unpacked_bytes=1, max_ratio=2, max_pixels=1)
     order = Order(
@@ -44,7 +45,7 @@ def start(warm: Warm, folder: Path, **fake: Any) -> Trainer:
     )  # fmt: skip
     path = folder / "order.json"
     path.write_text(order.model_dump_json())
-    trainer = warm.start(order=path, log_file=folder / "log", threads=1)
+    trainer = warm.start(order=path, log_file=folder / "log", threads=1, gpus=gpus)
     trainer.connection.sendall(Go().model_dump_json().encode() + b"\n")
     return trainer
 
@@ -129,6 +130,42 @@ def test_a_zygote_that_cannot_start_is_tried_again_with_pauses(tmp_path: Path) -
     assert not warm.ready.is_set()
     assert tries == 1  # the next one is due two seconds after the first failed
     warm.close()
+
+
+def visible(trainer: Trainer) -> str:
+    """Read which GPUs a trainer says that it sees."""
+    with trainer.connection.makefile("rb") as lines:
+        for line in lines:
+            said = json.loads(line)
+            if said.get("code") == "trainer.began":
+                return said["data"]["visible"]
+    raise AssertionError("it never began")
+
+
+def test_one_gpu_is_served_by_a_spare_that_is_replaced_and_two_by_a_fork(
+    tmp_path: Path, catalogues: "queue.Queue[Any]"
+) -> None:
+    warm = Warm(cache=tmp_path / "cache", gpus=["0", "1"], command=COMMAND, on_ready=catalogues.put)
+    warm.refresh()
+    assert until(lambda: len(warm._spares) == 2 and all(spare.ready.is_set() for spare in warm._spares.values()))
+    spare = warm._spares["1"]
+    one = start(warm, tmp_path / "1", gpus=("1",), exit_at=1, exit_code=5)
+    assert one.pid == spare.process.pid
+    assert visible(one) == "1"
+    assert one.wait(10) == 5
+    assert warm._spares["1"] is not spare
+    both = start(warm, tmp_path / "2", gpus=("0", "1"), hang_at=1)
+    assert both.pid not in (warm._spares["0"].process.pid, warm._spares["1"].process.pid)
+    assert visible(both) == "0,1"
+    none = start(warm, tmp_path / "3", steps=1)
+    assert visible(none) == ""
+    killed = start(warm, tmp_path / "4", gpus=("0",), hang_at=1)
+    killed.kill()
+    assert killed.wait(5) == KILLED
+    warm.close()
+    assert both.wait(5) == KILLED
+    for trainer in (one, both, none, killed):
+        trainer.connection.close()
 
 
 def test_a_trainer_inherits_no_credentials(tmp_path: Path) -> None:
