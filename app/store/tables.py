@@ -121,9 +121,9 @@ class Dataset(Base):
     """Immutable, validated samples; the row lives on as a tombstone after it was deleted."""
 
     __tablename__ = "datasets"
-    __table_args__ = (UniqueConstraint("project_id", "name", "version"),)
+    __table_args__ = (UniqueConstraint("project_id", "name", "version"), Index(None, "project_id", "id"))
     id: Mapped[str] = mapped_column(Id, primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     name: Mapped[str] = mapped_column(String(200))
     version: Mapped[int] = mapped_column(Integer)
     status: Mapped[str] = mapped_column(String(16))
@@ -195,11 +195,14 @@ class Job(Base):
             name="held_has_lease",
         ),
         Index("ix_jobs_claim", "status", "internal", "priority", "id"),
+        # A page of a list is read from where its cursor points, in order, with and without a status.
+        Index(None, "project_id", "internal", "id"),
+        Index(None, "project_id", "internal", "status", "id"),
         Index("ix_jobs_lease", "lease_expires_at", postgresql_where=text("lease_expires_at is not null"),
               sqlite_where=text("lease_expires_at is not null")),
     )  # fmt: skip
     id: Mapped[str] = mapped_column(Id, primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     name: Mapped[str] = mapped_column(String(200))
     recipe: Mapped[str] = mapped_column(String(64), index=True)
     recipe_version: Mapped[str] = mapped_column(String(32))
@@ -326,9 +329,11 @@ class Model(Base):
     """An immutable trained artefact; the row lives on as a tombstone after it was deleted."""
 
     __tablename__ = "models"
-    __table_args__ = (UniqueConstraint("project_id", "name", "version"), UniqueConstraint("job_id"))
+    __table_args__ = (
+        UniqueConstraint("project_id", "name", "version"), UniqueConstraint("job_id"), Index(None, "project_id", "id"),
+    )  # fmt: skip
     id: Mapped[str] = mapped_column(Id, primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))  # that trained or imported it
     upload_id: Mapped[str | None] = mapped_column(ForeignKey("uploads.id"))  # of an import
     name: Mapped[str] = mapped_column(String(200))

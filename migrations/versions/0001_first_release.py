@@ -138,7 +138,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_datasets")),
         sa.UniqueConstraint("project_id", "name", "version", name=op.f("uq_datasets_project_id_name_version")),
     )
-    op.create_index(op.f("ix_datasets_project_id"), "datasets", ["project_id"], unique=False)
+    op.create_index(op.f("ix_datasets_project_id_id"), "datasets", ["project_id", "id"], unique=False)
     op.create_table(
         "sessions",
         sa.Column("id", sa.String(length=40), nullable=False),
@@ -217,7 +217,10 @@ def upgrade() -> None:
         sqlite_where=sa.text("lease_expires_at is not null"),
     )
     op.create_index(op.f("ix_jobs_parent_id"), "jobs", ["parent_id"], unique=False)
-    op.create_index(op.f("ix_jobs_project_id"), "jobs", ["project_id"], unique=False)
+    op.create_index(op.f("ix_jobs_project_id_internal_id"), "jobs", ["project_id", "internal", "id"], unique=False)
+    op.create_index(
+        op.f("ix_jobs_project_id_internal_status_id"), "jobs", ["project_id", "internal", "status", "id"], unique=False
+    )
     op.create_index(op.f("ix_jobs_recipe"), "jobs", ["recipe"], unique=False)
     op.create_index(op.f("ix_jobs_status"), "jobs", ["status"], unique=False)
     op.create_index(op.f("ix_jobs_wait_for_job_id"), "jobs", ["wait_for_job_id"], unique=False)
@@ -355,7 +358,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("job_id", name=op.f("uq_models_job_id")),
         sa.UniqueConstraint("project_id", "name", "version", name=op.f("uq_models_project_id_name_version")),
     )
-    op.create_index(op.f("ix_models_project_id"), "models", ["project_id"], unique=False)
+    op.create_index(op.f("ix_models_project_id_id"), "models", ["project_id", "id"], unique=False)
     op.create_table(
         "model_files",
         sa.Column("model_id", sa.String(length=40), nullable=False),

@@ -1,6 +1,8 @@
 """Jobs as the API sees them: their place in the queue, who could run them, how many a project may have."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, func, select
@@ -8,11 +10,11 @@ from sqlalchemy import event as sqlalchemy_event
 
 from app.domain.errors import TooManyRequests
 from app.domain.jobs import Status
-from app.store import jobs, tables, workers
+from app.store import datasets, jobs, migrate, models, tables, workers
 from app.store.clock import Now
 from app.store.ids import new_id
 from app.store.page import Page
-from app.store.session import transaction
+from app.store.session import make_engine, transaction
 from tests import factories
 
 pytestmark = pytest.mark.store
@@ -134,3 +136,28 @@ def test_metadata_filters_match_whole_pairs(engine: Engine) -> None:
         assert found(**{"ü [0]": "x'y"}) == [odd.id]
         assert found(**{"ü [0]": "x"}) == []
         assert len(found()) == 2
+
+
+def test_pages_are_read_in_the_order_of_an_index(tmp_path: Path) -> None:
+    """No page may cost a sort of everything that a project has: SQLite says how it would go about it."""
+    url = f"sqlite:///{tmp_path / 'lists.db'}"
+    migrate.upgrade(url)
+    engine = make_engine(url)
+    plans: list[str] = []
+
+    def explain(connection: Any, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
+        if " LIMIT " in statement and not statement.startswith("EXPLAIN"):
+            rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+            plans.append("; ".join(str(row[-1]) for row in rows))
+
+    sqlalchemy_event.listen(engine, "before_cursor_execute", explain)
+    page = Page(after="job_0")
+    with transaction(engine) as session:
+        jobs.page_of(session, "prj_x", page)
+        jobs.page_of(session, "prj_x", page, statuses=["failed"])
+        jobs.page_of(session, "prj_x", page, kind="internal", metadata={"a": "b"})
+        models.page_of(session, "prj_x", page)
+        datasets.read(session, "prj_x", page, name=None, metadata={})
+    engine.dispose()
+    assert len(plans) == 5
+    assert not [plan for plan in plans if "TEMP B-TREE" in plan or "SCAN" in plan.replace("SCAN pair", "")]
