@@ -65,7 +65,7 @@ class Checkpoints:
         """
         path = self._folder / f"checkpoint-{step:09d}.safetensors"
         write(path, contents)
-        self._newest = path
+        self._newest = self._hold(path)
         self._report.send(Saved(file=path.name, step=step, epoch=epoch, metrics=dict(metrics), best=best))
         # The supervisor may have moved a file away by now, so a missing one is no surprise.
         self._kept = [*(kept for kept in self._kept if kept != path), path]
@@ -75,6 +75,14 @@ class Checkpoints:
         for old in gone:
             if old not in self._kept and old != self._best:
                 old.unlink(missing_ok=True)
+
+    def _hold(self, path: Path) -> Path:
+        """Keep the newest under a second name: the supervisor takes files away, and this run may need to start over."""
+        held, link = self._folder / ".newest.safetensors", self._folder / ".newest.partial"
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        link.replace(held)
+        return held
 
 
 def write(path: Path, contents: Contents) -> None:

@@ -1,0 +1,159 @@
+"""Decoded images: once, by one rule, shared safely, within a budget, or while training."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as v2
+
+from app.domain.datasets import DatasetFacts
+from app.domain.errors import DataFault
+from tests.worker import sets
+from worker.data import images
+from worker.data.images import Images, Streamed, native_size, open_images
+from worker.data.shelf import Shelf
+from worker.data.source import ahead, in_order, part
+
+pytestmark = pytest.mark.worker
+
+
+def photographs(count: int = 12, height: int = 20, width: int = 14) -> sets.Split:
+    draws = np.random.default_rng(1)
+    return draws.integers(0, 256, (count, height, width, 3), dtype=np.uint8), np.arange(count) % 3 - 1
+
+
+def opened(
+    facts: DatasetFacts, cache: Path, split: str = "train", **given: Any
+) -> tuple[Images | Streamed, sets.Heard]:
+    heard = sets.Heard()
+    options: dict[str, Any] = {
+        "image_size": 8, "channels": facts.channels, "cache_bytes": 10**9, "threads": 2, **given
+    }  # fmt: skip
+    return open_images(facts, split, cache=cache, reporter=heard.reporter, **options), heard
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> DatasetFacts:
+    pixels, labels = photographs()
+    return sets.write_set(tmp_path / "set", {"train": (pixels, labels), "test": (pixels[:4], labels[:4])})
+
+
+def test_rows_are_resized_as_torchvision_does_and_keep_their_labels(facts: DatasetFacts, tmp_path: Path) -> None:
+    found, heard = opened(facts, tmp_path)
+    pixels, labels = photographs()
+    assert heard.codes() == ["data.decoded"]
+    batch = found.batch(torch.tensor([5, 0]))
+    for place, row in enumerate((5, 0)):
+        expected = v2.resize(torch.from_numpy(pixels[row]).permute(2, 0, 1), [8, 8], antialias=True)
+        assert torch.equal(batch["image"][place], expected)
+    assert batch["label"].tolist() == [labels[5], -1]
+    assert batch["index"].tolist() == [5, 0]
+    test, _ = opened(facts, tmp_path, "test")
+    assert test.batch(torch.tensor([1]))["index"].tolist() == [13], "samples are counted over all splits"
+
+
+def test_small_images_are_kept_as_they_are(digits: DatasetFacts, tmp_path: Path) -> None:
+    found, _ = opened(digits, tmp_path)
+    pixels, _ = sets.digits()["train"]
+    assert np.array_equal(found.batch(torch.arange(160))["image"][:, 0].numpy(), pixels)
+    mean = pixels.mean() / 255
+    assert found.mean == (pytest.approx(mean, abs=1e-5),)
+    assert found.std == (pytest.approx(pixels.std() / 255, abs=1e-5),)
+    assert native_size(digits) == 8
+
+
+def test_grey_becomes_colour_and_colour_grey(facts: DatasetFacts, digits: DatasetFacts, tmp_path: Path) -> None:
+    coloured, _ = opened(digits, tmp_path, channels=3)
+    first = coloured.batch(torch.tensor([0]))["image"][0]
+    assert torch.equal(first[0], first[1])
+    grey, _ = opened(facts, tmp_path, channels=1)
+    assert grey.batch(torch.tensor([0]))["image"].shape == (1, 1, 8, 8)
+
+
+def test_the_second_use_decodes_nothing(facts: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = opened(facts, tmp_path)
+    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded again"))
+    again, heard = opened(facts, tmp_path)
+    assert heard.codes() == ["data.cached"]
+    assert torch.equal(again.batch(torch.arange(12))["image"], first.batch(torch.arange(12))["image"])
+    assert again.mean == first.mean
+
+
+def test_streaming_gives_the_same_rows_and_an_event(facts: DatasetFacts, tmp_path: Path) -> None:
+    mapped, _ = opened(facts, tmp_path)
+    streamed, heard = opened(facts, tmp_path / "other", cache_bytes=100)
+    assert isinstance(streamed, Streamed)
+    assert heard.codes() == ["data.streaming"]
+    assert (streamed.mean, streamed.std) == (mapped.mean, mapped.std)
+    rows = torch.tensor([7, 2, 2, 11])
+    for key, value in mapped.batch(rows).items():
+        assert torch.equal(streamed.batch(rows)[key], value)
+    some = part(streamed, torch.arange(1, 12, 2))
+    read = [(batch_rows.tolist(), batch["index"].tolist()) for batch_rows, batch in ahead(some, in_order(some, 2))]
+    assert read == [([0, 1], [1, 3]), ([2, 3], [5, 7]), ([4, 5], [9, 11])]
+
+
+def test_a_row_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    pixels, labels = photographs(3)
+    facts = sets.write_set(tmp_path / "set", {"train": (pixels, labels)})
+    path = Path(str(facts.shards[0].path))
+    path.write_bytes(path.read_bytes().replace(b"IHDR", b"IHDX", 1))
+    with pytest.raises(DataFault, match=r"train/0\.png \(train row 0\) cannot be decoded"):
+        opened(facts, tmp_path)
+    assert list((tmp_path / "images").glob("[!.]*")) == [], "nothing half is left to be found"
+
+
+def test_several_builders_at_once_make_it_once(facts: DatasetFacts, tmp_path: Path) -> None:
+    # The lock is the kernel's and belongs to an open file, so threads meet in it as processes do.
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(opened, facts, tmp_path / "c") for _ in range(4)]
+    codes = [heard.codes()[0] for _, heard in (answer.result() for answer in answers)]
+    assert sorted(codes) == ["data.cached"] * 3 + ["data.decoded"]
+    totals = {int(found.batch(torch.arange(12))["image"].sum()) for found, _ in (answer.result() for answer in answers)}
+    assert len(totals) == 1
+
+
+def entry(shelf: Shelf, key: str, size: int) -> Path:
+    def make(folder: Path) -> None:
+        (folder / "x").write_bytes(b"\0" * size)
+
+    return shelf.get(key, size, make)
+
+
+def test_the_shelf_lets_go_of_what_was_not_used_for_longest(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, 250)
+    for age, key in ((30, "a"), (20, "b")):
+        os.utime(entry(shelf, key, 100), times=(time.time() - age, time.time() - age))
+    entry(shelf, "a", 100)  # used again: now the youngest
+    entry(shelf, "c", 100)
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a", "c"]
+    assert not shelf.has_room(251)
+    assert shelf.has_room(250)
+
+
+def test_a_builder_that_failed_leaves_nothing(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, 250)
+
+    def fail(folder: Path) -> None:
+        (folder / "x").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shelf.get("a", 10, fail)
+    assert [path.name for path in tmp_path.glob("[!.]*")] == []
+    assert not list(tmp_path.glob(".a.[0-9]*"))
+    assert (entry(shelf, "a", 10) / "x").stat().st_size == 10
+
+
+def test_what_a_run_maps_survives_its_removal(facts: DatasetFacts, tmp_path: Path) -> None:
+    found, _ = opened(facts, tmp_path)
+    before = found.batch(torch.arange(12))["image"].clone()
+    shelf = Shelf(tmp_path / "images", 10**6)
+    entry(shelf, "other", 10**6)
+    assert [path.name for path in (tmp_path / "images").glob("[!.]*")] == ["other"]
+    assert torch.equal(found.batch(torch.arange(12))["image"], before)
