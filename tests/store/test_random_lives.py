@@ -220,7 +220,7 @@ def test_random_lives() -> None:
     run_state_machine_as_test(
         Lives,
         settings=hypothesis_settings(
-            max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=BUSY
+            max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=BUSY
         ),
     )
 
