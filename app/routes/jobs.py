@@ -245,7 +245,9 @@ def retry(
     if old.internal:
         raise Conflict("An internal job cannot be retried; make the call again that began it.", code="cannot_retry",
                        status=old.status)  # fmt: skip
-    submission = submit.prepare(session, principal.project_id, old.spec)
+    # The job whose model it started from may be deleted by now; the model itself is what counts.
+    again = old.spec | ({"model": old.base_model_id} if str(old.spec.get("model")).startswith("job_") else {})
+    submission = submit.prepare(session, principal.project_id, again if old.base_model_id else old.spec)
     row = submission.job(principal.project_id, max_attempts=settings.max_attempts)
     row.retry_of = old.id
     if asked.from_checkpoint:

@@ -218,6 +218,22 @@ def test_a_retry_goes_on_from_the_newest_checkpoint(
     assert client.delete(f"/v1/jobs/{job}").status_code == 200
 
 
+def test_a_retry_outlives_the_job_it_started_from(client: httpx.Client, caller: Caller, engine: Engine) -> None:
+    with transaction(engine) as session:
+        project = session.get_one(tables.Project, caller.project)
+        dataset = factories.make_dataset(session, project).id
+        parent = factories.make_job(session, project, spec={"model": {"architecture": "resnet18"}})
+        model = factories.make_model(session, project, job_id=parent.id).id
+        parent.model_id = model
+        factories.bring(session, parent, Status.SUCCEEDED)
+    asked = {"recipe": "image_classification", "dataset": dataset, "model": parent.id}
+    job = client.post("/v1/jobs", json=asked).json()["id"]
+    client.post(f"/v1/jobs/{job}/cancel")
+    assert client.delete(f"/v1/jobs/{parent.id}").status_code == 200
+    new = client.post(f"/v1/jobs/{job}/retry")
+    assert (new.status_code, new.json()["spec"]["model"]) == (201, model)
+
+
 @pytest.mark.parametrize("status", [Status.QUEUED, Status.RUNNING, Status.PAUSED])
 def test_a_job_that_has_not_ended_cannot_be_retried(
     client: httpx.Client, caller: Caller, engine: Engine, status: Status
