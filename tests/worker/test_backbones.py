@@ -12,12 +12,12 @@ from worker.parts.backbones import (
     build_backbone,
     initialise_from,
     load_backbone,
-    meta_parameters,
     names,
     stage_modules,
     stages,
 )
 from worker.parts.families import pool_by_products
+from worker.parts.stock_networks import meta_parameters
 
 pytestmark = pytest.mark.worker
 

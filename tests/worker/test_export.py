@@ -14,11 +14,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from app.domain.errors import UserFault
 from app.domain.models import ModelConfig
-from worker.parts.backbones import build_backbone, meta_parameters
+from worker.parts.backbones import build_backbone
 from worker.parts.export import Card, export, model_card
 from worker.parts.heads import build_head
 from worker.parts.networks import Network, assemble, load_network, load_state, state_dict
 from worker.parts.snippets import LINES, input_snippet, loading_snippet
+from worker.parts.stock_networks import meta_parameters
 
 pytestmark = pytest.mark.worker
 

@@ -28,7 +28,7 @@ def published(monkeypatch):
 
     def publish(name, state):
         monkeypatch.setattr(weights, "pretrained_state", lambda *_: state)
-        monkeypatch.setattr("worker.parts.backbones.pretrained_state", lambda *_: dict(state))
+        monkeypatch.setattr("worker.parts.stock_networks.pretrained_state", lambda *_: dict(state))
 
     return publish
 

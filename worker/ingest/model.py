@@ -20,11 +20,12 @@ from torch import Tensor
 from app.domain.errors import DataFault, UserFault
 from app.domain.models import ModelConfig
 from app.domain.spec import Architecture, Strict
-from worker.parts.backbones import SMALL, build_backbone, differences, meta_parameters, names
+from worker.parts.backbones import SMALL, build_backbone, names
 from worker.parts.export import Card, export
 from worker.parts.families import AUXILIARY
 from worker.parts.networks import assemble, head_of, load_state, named_state
-from worker.parts.weights import normalisation
+from worker.parts.stock_networks import meta_parameters
+from worker.parts.weights import differences, normalisation
 from worker.report import MadeModel, Order, Reporter
 
 MAX_HEADER_BYTES = 16 * 2**20

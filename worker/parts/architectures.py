@@ -14,8 +14,9 @@ import torch
 import torchvision.models as tv
 
 from app.domain.errors import UserFault
-from worker.parts.backbones import SMALL, build_backbone, family_of, meta_parameters, names, stages
-from worker.parts.small_networks import ACTIVATIONS
+from worker.parts.backbones import build_backbone, names, stages
+from worker.parts.small_networks import ACTIVATIONS, SMALL
+from worker.parts.stock_networks import family_of, meta_parameters
 from worker.parts.weights import weight_names
 
 _FILE = Path(__file__).with_suffix(".json")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from app.domain.errors import UserFault
 from app.domain.models import ModelConfig
-from worker.parts.backbones import build_backbone, differences
+from worker.parts.backbones import build_backbone
 from worker.parts.heads import build_head, without_dropout
+from worker.parts.weights import differences
 
 
 class Network(nn.Module):

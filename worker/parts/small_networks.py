@@ -1,13 +1,86 @@
 """Small networks of our own for small images, written with plain torch layers so that a few lines rebuild them."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.domain.errors import UserFault
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+SMALL = ("small_cnn", "mlp", "small_vit")
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "small_cnn": {"width": 1.0, "whitening": False},
+    "mlp": {"hidden": (512, 256), "activation": "relu"},
+    "small_vit": {"patch": 4, "width": 192, "depth": 6, "heads": 3},
+}
 _WIDTHS = (64, 256, 256)
+
+
+def small_network(architecture: Mapping[str, Any], *, channels: int, image_size: int) -> nn.Module:
+    """Build a small_cnn or an mlp by its options; `keep_stages` cuts a small_cnn short."""
+    name = architecture["architecture"]
+    options = own_options(architecture)
+    refuse_weights(architecture)
+    if name == "small_cnn":
+        network = small_cnn(channels=channels, image_size=image_size, **options)
+        *blocks, pool, _ = network.named_children()
+        keep = architecture.get("keep_stages")
+        check_keep(name, keep, len(blocks))
+        if keep is not None and keep < len(blocks):
+            for dropped, _ in blocks[keep:]:
+                setattr(network, dropped, nn.Identity())
+            setattr(network, pool[0], nn.AdaptiveAvgPool2d(1))
+    else:
+        if architecture.get("keep_stages") is not None:
+            raise UserFault("An mlp has no keep_stages; list fewer layers in `hidden`.", code="keep_stages")
+        network = mlp(channels=channels, image_size=image_size, **options)
+    dimension = _last_width(network)
+    return marked(network, dimension=dimension, head_path="head", keep=architecture.get("keep_stages"))
+
+
+def own_options(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the options of one of our small networks, defaults filled in."""
+    defaults = _DEFAULTS[architecture["architecture"]]
+    options = {key: architecture.get(key, value) for key, value in defaults.items()}
+    known = {"architecture", "weights", "image_size", "stem", "keep_stages", *defaults}
+    if unknown := sorted(set(architecture) - known):
+        raise UserFault(f"{architecture['architecture']} has no option {unknown[0]!r}.", code="unknown_option")
+    if architecture.get("stem", "standard") != "standard":
+        raise UserFault(f"{architecture['architecture']} has no small stem: leave `stem` out.", code="stem")
+    return options
+
+
+def refuse_weights(architecture: Mapping[str, Any]) -> None:
+    """Say that nobody has published any, where they are asked for."""
+    if architecture.get("weights") is not None:
+        raise UserFault(f"There are no published weights for {architecture['architecture']}.", code="unknown_weights")
+
+
+def check_keep(name: str, keep: int | None, most: int) -> None:
+    """Refuse to keep more stages than there are."""
+    if keep is not None and keep > most:
+        raise UserFault(f"{name} has {most} stages; keep_stages is {keep}.", code="keep_stages")
+
+
+def _last_width(network: nn.Sequential) -> int:
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    last = layers[-1]
+    return last.out_channels if isinstance(last, nn.Conv2d) else last.out_features
+
+
+def marked(
+    network: nn.Module, *, dimension: int, head_path: str, keep: int | None, head_bias: bool = True
+) -> nn.Module:
+    """Write on a backbone what others read from it."""
+    # Plain attributes, so that they survive a deep copy and stay out of the state dict.
+    backbone: Any = network
+    backbone.dimension, backbone.keep_stages = dimension, keep
+    backbone.head_path, backbone.head_bias = head_path, head_bias
+    return network
 
 
 def small_cnn(*, channels: int, image_size: int, width: float = 1.0, whitening: bool = False) -> nn.Sequential:

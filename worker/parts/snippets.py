@@ -6,10 +6,11 @@ from torch import nn
 from torchvision.models.convnext import LayerNorm2d
 
 from app.domain.models import ModelConfig
-from worker.parts.backbones import blueprint, meta_parameters
+from worker.parts.backbones import blueprint
 from worker.parts.families import Change
 from worker.parts.heads import without_dropout
 from worker.parts.networks import Network, assemble
+from worker.parts.stock_networks import meta_parameters
 
 LINES = 25
 

@@ -1,7 +1,8 @@
-"""Published ImageNet weights: torchvision's files, fetched where the network allows."""
+"""Weights: what keeps a state dict from fitting; torchvision's published files, fetched where the network allows."""
 
 import re
 import socket
+from collections.abc import Mapping
 from typing import Any
 from urllib.error import URLError
 
@@ -12,6 +13,19 @@ from app.domain.errors import SystemFault, UserFault
 
 _TIMEOUT_SECONDS = 30.0
 _DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$")
+
+
+def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], *, most: int = 5) -> list[str]:
+    """Name what keeps `given` from being loaded as `wanted`: missing keys, unknown keys, other shapes."""
+    missing = [f"{key} is missing" for key in wanted if key not in given]
+    unknown = [f"{key} is not known" for key in given if key not in wanted]
+    shapes = [
+        f"{key} is {list(given[key].shape)} and should be {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    found = [*shapes, *missing, *unknown]
+    return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more differences"]
 
 
 def weight_names(architecture: str) -> list[str]:
