@@ -212,6 +212,7 @@ def _network(spec: Spec, order: Order, facts: DatasetFacts) -> Network:
     found = _facts(architecture["architecture"])
     size = architecture["image_size"] or _suiting_size(architecture, found, facts)
     architecture["image_size"] = size
+    architectures.check(architecture)
     published = architecture["weights"] is not None
     channels = 3 if published else facts.channels
     normal = normalisation(architecture["architecture"], channels) if published else None

@@ -2,6 +2,7 @@ import jsonschema
 import pytest
 import torch
 
+from app.domain.errors import UserFault
 from worker.parts import architectures
 from worker.parts.architectures import facts, has_small_stem, measure_one
 from worker.parts.backbones import build_backbone, names
@@ -64,6 +65,16 @@ def test_options(architecture, fits):
         size = architecture.get("image_size") or 32
         backbone = build_backbone(architecture, channels=3, image_size=size, seed=0).eval()
         assert backbone(torch.zeros(1, 3, size, size)).shape == (1, backbone.dimension)
+
+
+def test_the_trainer_refuses_what_the_schema_refuses():
+    architectures.check({"architecture": "small_vit", "image_size": 32, "stem": "standard", "weights": None})
+    with pytest.raises(UserFault, match=r"model/image_size: 16 is less than the minimum of 29 \(densenet121\)"):
+        architectures.check({"architecture": "densenet121", "image_size": 16})
+    with pytest.raises(UserFault, match="'colour' was unexpected"):
+        architectures.check({"architecture": "densenet121", "colour": 1})
+    with pytest.raises(UserFault, match="there is no 'resnet19'"):
+        architectures.check({"architecture": "resnet19"})
 
 
 def test_families():

@@ -5,11 +5,13 @@ What has to be measured (parameters, stages, the smallest image) is kept in `arc
 """
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import torch
 import torchvision.models as tv
 
@@ -38,6 +40,21 @@ def facts() -> list[dict[str, Any]]:
     """
     measured = _measured()
     return [{"name": name, "facts": _row(name, measured[name])} for name in names()]
+
+
+def check(architecture: Mapping[str, Any]) -> None:
+    """Hold a job's `model` object against the published schema of its architecture.
+
+    Raises:
+        UserFault: an option is unknown or out of its range; the message names it.
+    """
+    name = architecture["architecture"]
+    schema = next((row["facts"]["schema"] for row in facts() if row["name"] == name), None)
+    if schema is None:
+        raise UserFault(f"model/architecture: there is no {name!r}.", code="unknown_architecture")
+    for error in jsonschema.Draft202012Validator(schema).iter_errors(dict(architecture)):
+        where = "/".join(["model", *(str(part) for part in error.absolute_path)])
+        raise UserFault(f"{where}: {error.message} ({name}).", code="invalid_architecture")
 
 
 def _measured() -> dict[str, dict[str, Any]]:
