@@ -132,8 +132,8 @@ def test_the_shelf_lets_go_of_what_was_not_used_for_longest(tmp_path: Path) -> N
     entry(shelf, "a", 100)  # used again: now the youngest
     entry(shelf, "c", 100)
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a", "c"]
-    assert not shelf.has_room(251)
-    assert shelf.has_room(250)
+    assert not shelf.has_room("d", 251)
+    assert shelf.has_room("d", 250)
 
 
 def test_a_builder_that_failed_leaves_nothing(tmp_path: Path) -> None:

@@ -70,7 +70,10 @@ def cache_prefix(
         shape = forward(source.batch(torch.zeros(1, dtype=torch.int64)), 0, 0).shape[1:]
         rows = len(source)
         needed = views * rows * shape.numel() * 2
-        if not shelf.has_room(needed):
+        name = hashlib.sha256(
+            f"{key}/{views}/{seed if augmented else ''}/{plan.precision}/{tuple(shape)}".encode()
+        ).hexdigest()[:40]
+        if not shelf.has_room(name, needed):
             return None
 
         def make(folder: Path) -> None:
@@ -87,9 +90,6 @@ def cache_prefix(
                         Progress(phase="features", fraction=0.0, step=view * rows + start, steps=views * rows)
                     )
 
-        name = hashlib.sha256(
-            f"{key}/{views}/{seed if augmented else ''}/{plan.precision}/{tuple(shape)}".encode()
-        ).hexdigest()[:40]
         folder = shelf.get(name, needed, make)
     stored = np.memmap(folder / "values", np.int16, "c", shape=(views, rows, *shape))
     return Features(torch.from_numpy(stored).view(torch.bfloat16), source)

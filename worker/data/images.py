@@ -156,7 +156,7 @@ def open_images(
         made = True
         _decode_all(Encoded(facts, split), folder, channels, image_size, threads, _teller(reporter, split, rows))
 
-    if not shelf.has_room(needed):
+    if not shelf.has_room(key, needed):
         reporter.event(
             "data.streaming",
             f"The decoded {split} split would take {needed / 1e9:.1f} GB, more than this worker may keep: images are "

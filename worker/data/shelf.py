@@ -26,8 +26,10 @@ class Shelf:
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self._folder, self._budget = folder, budget_bytes
 
-    def has_room(self, needed_bytes: int) -> bool:
-        """Say whether an entry of this size may be made at all, were the shelf empty of everything else."""
+    def has_room(self, key: str, needed_bytes: int) -> bool:
+        """Say whether this entry is there or may be made, were the shelf empty of everything else."""
+        if (self._folder / key).exists():
+            return True
         self._folder.mkdir(parents=True, exist_ok=True)
         held = sum(_size(entry) for entry in self._entries())
         free = shutil.disk_usage(self._folder).free + held

@@ -1,0 +1,157 @@
+"""SimCLR and the autoencoder: the loss against the paper's formula, the gather of several processes, and learning."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from app.domain.datasets import DatasetFacts
+from tests.worker import sets
+from worker.parts import distributed
+from worker.pretrain import autoencoder, simclr
+from worker.report import Finished
+
+pytestmark = pytest.mark.worker
+
+
+def naive_nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> float:
+    """Equation 1 of arXiv 2002.05709, in loops: l(i, j) over the 2N positive pairs, their mean."""
+    z = [row.double() for pair in zip(z0, z1, strict=True) for row in pair]  # 2k-1 and 2k are a pair
+
+    def similarity(u: Tensor, v: Tensor) -> float:
+        return float(u @ v / (u.norm() * v.norm()))
+
+    def loss(i: int, j: int) -> float:
+        denominator = sum(math.exp(similarity(z[i], z[k]) / temperature) for k in range(len(z)) if k != i)
+        return -math.log(math.exp(similarity(z[i], z[j]) / temperature) / denominator)
+
+    return sum(loss(2 * k, 2 * k + 1) + loss(2 * k + 1, 2 * k) for k in range(len(z) // 2)) / len(z)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_nt_xent_is_the_papers(temperature: float, batch: int) -> None:
+    z0, z1 = torch.randn(2, batch, 7, generator=torch.Generator().manual_seed(batch)).unbind(0)
+    loss, matched = simclr.nt_xent(z0, z1, temperature=temperature)
+    assert loss.item() == pytest.approx(naive_nt_xent(z0, z1, temperature), rel=1e-5)
+    assert 0 <= matched <= 1
+    perfect, all_matched = simclr.nt_xent(torch.eye(batch), torch.eye(batch), temperature=temperature)
+    assert all_matched == 1
+    assert perfect < loss
+
+
+def _rank(rank: int, folder: str, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    z0, z1 = _projections()
+    own = slice(3 * rank, 3 * rank + 3)
+    mine = [z[own].clone().requires_grad_() for z in (z0, z1)]
+    loss, _ = simclr.nt_xent(*mine, temperature=0.5)
+    loss.backward()
+    assert mine[0].grad is not None
+    results.put((rank, loss.item(), mine[0].grad.tolist()))
+    dist.destroy_process_group()
+
+
+def _projections() -> tuple[Tensor, Tensor]:
+    one, other = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(8)).unbind(0)
+    return one, other
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_see_each_others_samples(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("fork")  # a fresh interpreter would take seconds to import torch
+    results = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path), results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = {rank: (loss, grad) for rank, loss, grad in (results.get(timeout=300) for _ in ranks)}
+    for process in ranks:
+        process.join()
+    z0, z1 = (z.requires_grad_() for z in _projections())
+    whole, _ = simclr.nt_xent(z0, z1, temperature=0.5)
+    whole.backward()
+    assert (found[0][0] + found[1][0]) / 2 == pytest.approx(whole.item(), rel=1e-5)
+    assert z0.grad is not None
+    # Each process differentiates the sum of both losses with regard to its own rows; DDP then takes the mean.
+    gathered = torch.tensor(found[0][1] + found[1][1]) / 2
+    torch.testing.assert_close(gathered, z0.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_alone_a_gather_is_the_identity() -> None:
+    value = torch.rand(3, 2)
+    assert distributed.all_gather(value) is value
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize("size", [8, 12, 28, 32, 50])
+def test_the_decoder_paints_any_size(size: int) -> None:
+    decoder = autoencoder.Decoder(16, channels=3, size=size)
+    assert decoder(torch.rand(2, 16)).shape == (2, 3, size, size)
+
+
+def made(noise: float, corruption: str = "mask") -> autoencoder.Autoencoder:
+    from worker.parts.architectures import facts
+    from worker.parts.backbones import build_backbone
+    from worker.recipe import Info
+
+    backbone = build_backbone(sets.NETWORK, channels=3, image_size=8, seed=0)
+    info = Info(
+        task="unlabelled_images", classes=(), samples=8, channels=3, image_size=8, feature_dimension=32,
+        architecture=next(row["facts"] for row in facts() if row["name"] == "small_cnn"),
+    )  # fmt: skip
+    params = autoencoder.AutoencoderParams.model_validate({"noise": noise, "corruption": corruption})
+    return autoencoder.build(params, backbone, info)
+
+
+def test_masking_hides_whole_pixels_in_the_right_share() -> None:
+    images = torch.rand(64, 3, 8, 8) + 0.1
+    damaged = made(0.3)._damage(images)
+    hidden = damaged == 0
+    assert torch.equal(hidden[:, 0], hidden[:, 1])
+    assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(damaged[~hidden], images[~hidden])
+    noisy = made(0.5, "gaussian")._damage(images) - images
+    assert noisy.std().item() == pytest.approx(0.5, abs=0.02)
+    assert made(0.0)._damage(images) is images
+
+
+def test_the_target_is_the_undamaged_image() -> None:
+    module = made(0.5).eval()
+    images = torch.rand(6, 3, 8, 8)
+    module._reconstruct = lambda _: images  # type: ignore[method-assign]
+    from worker.recipe import Progress
+
+    assert module({"image": images}, Progress(0, 1, 0, 1))["loss"] == 0
+    assert module.evaluate({"image": images})["loss"].tolist() == [0.0] * 6
+
+
+def test_reconstructions_are_left_as_a_picture(digits: DatasetFacts, tmp_path: Path) -> None:
+    from PIL import Image
+
+    order = sets.order(sets.spec("autoencoder"), digits, tmp_path)
+    _, last = sets.carry_out(order)
+    assert isinstance(last, Finished)
+    assert [file.name for file in last.files] == ["reconstructions.png"]
+    with Image.open(Path(order.scratch) / last.files[0].file) as picture:
+        assert picture.size == (8 * 66 + 2, 3 * 66 + 2), "eight columns of 64 pixels, three rows"
+
+
+@pytest.mark.parametrize("recipe", ["simclr", "autoencoder"])
+def test_pretraining_learns_digits_without_labels(recipe: str, tmp_path: Path) -> None:
+    """k-NN on the features must beat k-NN on the features of the untrained network by ten points."""
+    facts = sets.write_set(tmp_path / "set", sets.digits(600, 60))
+    network = {"architecture": "small_cnn", "width": 0.25}
+
+    def knn(**training: Any) -> float:
+        body = sets.spec(recipe, model=network, training={"batch_size": 100, **training})
+        heard, last = sets.carry_out(sets.order(body, facts, tmp_path / str(training["epochs"])))
+        assert isinstance(last, Finished), last
+        return {name: value for name, _, value in heard.metrics()}["probe/knn_accuracy"] or 0.0
+
+    untrained = knn(epochs=1, learning_rate=1e-12)
+    trained = knn(epochs=25, learning_rate=2e-3)
+    assert trained > untrained + 0.1, (untrained, trained)

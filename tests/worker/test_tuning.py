@@ -1,0 +1,106 @@
+"""What `auto` comes to."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from app.domain.errors import UserFault
+from app.domain.spec import Optimizer, Training
+from worker.parts import tuning
+from worker.parts.tuning import Hardware, Plan, Workload
+
+pytestmark = pytest.mark.unit
+AMD = Hardware("cpu", threads=2, bfloat16=True, compiler=True)
+OLD = Hardware("cpu", threads=2, bfloat16=False, compiler=False, onednn_is_exact=False)
+GPU = Hardware("cuda", threads=8, bfloat16=True, compiler=True)
+CIFAR = Workload(kind="finetune", family="convolutional", image_size=32, channels=3, samples=45_000)
+
+
+def resolve(work: Workload = CIFAR, hardware: Hardware = AMD, **training: Any) -> Plan:
+    return tuning.resolve(Training.model_validate(training), work, hardware, mean=(0.5,) * 3, std=(0.2,) * 3)
+
+
+def test_the_fast_path_is_the_default() -> None:
+    plan = resolve()
+    assert (plan.precision, plan.memory_format, plan.float32_matmul) == ("bfloat16", "channels_last", "medium")
+    assert (plan.compile, plan.batch_size, plan.accumulate, plan.threads) == (False, 256, 1, 2)
+    assert (plan.steps_per_epoch, plan.steps) == (175, 1750)
+    assert plan == resolve(), "the same question, the same answer"
+    assert set(plan.reasons) >= {"precision", "memory_format", "float32_matmul", "compile", "batch_size"}
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_a_processor_without_bfloat16_computes_in_float32() -> None:
+    plan = resolve(hardware=OLD)
+    assert (plan.precision, plan.float32_matmul) == ("float32", "highest")
+
+
+def test_each_family_gets_what_suits_it() -> None:
+    assert resolve(replace(CIFAR, family="mlp")).precision == "float32"
+    vit = resolve(replace(CIFAR, family="vit"))
+    assert (vit.precision, vit.memory_format) == ("bfloat16", "contiguous")
+    assert vit.learning_rate < resolve().learning_rate
+    assert (resolve(hardware=GPU).float32_matmul, resolve(hardware=GPU).batch_size) == ("high", 1024)
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(90, 16), (20, 16), (7, 7), (1297, 128), (5000, 256)])
+def test_few_samples_get_small_batches_and_still_several_steps(samples: int, batch: int) -> None:
+    plan = resolve(replace(CIFAR, samples=samples))
+    assert plan.batch_size == batch
+    assert plan.steps_per_epoch == samples // batch
+
+
+def test_what_was_asked_is_kept_and_said() -> None:
+    plan = resolve(batch_size=100, accumulate=4, learning_rate=0.5, precision="float32", memory_format="contiguous")
+    assert (plan.batch_size, plan.accumulate, plan.learning_rate) == (100, 4, 0.5)
+    assert (plan.precision, plan.memory_format) == ("float32", "contiguous")
+    assert {plan.reasons[field] for field in ("batch_size", "accumulate", "learning_rate")} == {"as asked"}
+
+
+def test_a_batch_larger_than_the_data_shrinks_and_says_so() -> None:
+    plan = resolve(replace(CIFAR, samples=50), batch_size=64)
+    assert plan.batch_size == 50
+    assert "only 50" in plan.reasons["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("training", "field"),
+    [
+        ({"batch_size": 10, "accumulate": 3}, "accumulate"),
+        ({"precision": "float16"}, "precision"),
+        ({"compile": True}, "compile"),
+    ],
+)
+def test_what_cannot_work_names_its_field(training: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserFault, match=f"training.{field}"):
+        resolve(hardware=OLD, **training)
+
+
+def test_a_recipe_that_needs_a_larger_batch_says_so() -> None:
+    with pytest.raises(UserFault, match="at least 4 samples per batch"):
+        resolve(replace(CIFAR, samples=3, couples_batch=True, min_batch=4))
+
+
+@pytest.mark.parametrize(("samples", "every"), [(50_000, 1), (22_222, 2), (1297, 12), (100, 12)])
+def test_probes_cost_under_three_percent(samples: int, every: int) -> None:
+    assert tuning.probe_every(samples) == every
+    probed = min(samples, tuning.PROBE_ROWS)
+    assert probed / (3 * samples * every) <= 0.03
+
+
+def test_rates_follow_the_batch() -> None:
+    def rate(batch: int, name: Any) -> float:
+        return resolve(batch_size=batch, optimizer=Optimizer(name=name)).learning_rate
+
+    assert rate(512, "sgd") == pytest.approx(2 * rate(256, "sgd"))
+    assert rate(1024, "adamw") == pytest.approx(2 * rate(256, "adamw"))
+
+
+def test_this_machine_can_be_looked_at() -> None:
+    seen = tuning.look("cpu", 3)
+    assert (seen.device, seen.threads) == ("cpu", 3)
+    assert seen == tuning.look("cpu", 3)
+    found = tuning.fingerprint("cpu")
+    assert found == tuning.fingerprint("cpu")
+    assert {"torch", "processor", "instructions"} <= set(found)
