@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy import Engine, event, select, update
+from sqlalchemy import Engine, delete, event, select, update
 
 from app.domain.errors import Conflict, Failure
 from app.domain.jobs import HELD, TERMINAL, Actor, Status, Verb, Wanted, on_request
@@ -58,7 +58,7 @@ class Lives(RuleBasedStateMachine):
     def make_jobs(self, waiting: bool) -> None:
         self.engine = ENGINE["it"]
         with transaction(self.engine) as session:
-            session.execute(update(tables.Job).values(not_before=9e15))  # other examples' jobs are nobody's now
+            session.execute(delete(tables.Job))  # with all their lines: the queue is this example's alone
             project = make_project(session)
             first = make_job(session, project, max_attempts=4)
             more = {"status": "waiting", "wait_for_job_id": first.id} if waiting else {}
@@ -231,6 +231,6 @@ def test_many_random_lives() -> None:
     run_state_machine_as_test(
         Lives,
         settings=hypothesis_settings(
-            max_examples=2000, stateful_step_count=50, deadline=None, suppress_health_check=BUSY
+            max_examples=500, stateful_step_count=50, deadline=None, suppress_health_check=BUSY
         ),
     )
