@@ -26,7 +26,7 @@ help:  ## list the verbs
 setup: .venv/.ready  ## make .venv with everything, from the lock file
 
 demo: setup  ## start the one-machine stack, pretrain, fine-tune, compare, download the weights
-	$(RUN)/tuneyard demo
+	$(RUN)/tuneyard demo --out build/demo
 
 up: setup  ## start the one-machine stack
 	$(RUN)/tuneyard up

@@ -8,6 +8,7 @@ import typer
 from app.commands import (
     database,
     datasets,
+    demo,
     doctor,
     jobs,
     keys,
@@ -27,6 +28,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
 )
 application.command("up")(stack.up)
+application.command("demo")(demo.demo)
 application.add_typer(datasets.group, name="datasets")
 application.add_typer(jobs.group, name="jobs")
 application.add_typer(models.group, name="models")

@@ -4,9 +4,11 @@ Every command that talks to a server is declared with `@command(group, "name")`,
 options `--home --url --key --json` for it.
 """
 
+import contextlib
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from enum import IntEnum
@@ -49,7 +51,8 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console(soft_wrap=False)
+        # A pipe has no width to fit: lines stay whole for grep and awk.
+        self.console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
         self.news = Console(stderr=True)
 
     def answer(self, value: Any, shown: Callable[[], RenderableType] | RenderableType) -> None:
@@ -94,6 +97,11 @@ class Call:
         url, key, home = self._place
         return Client(url, key, home=home)
 
+    def close(self) -> None:
+        """Give the sockets back, if any were opened."""
+        if "client" in self.__dict__:
+            self.client.close()
+
 
 def command(group: typer.Typer, name: str, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Declare a command of `group` that takes a `Call` first."""
@@ -118,7 +126,7 @@ def _with_call(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*, its_home: Path | None, its_url: str | None, its_key: str | None, as_json: bool, **given: Any) -> None:
         call = Call(its_home, its_url, its_key, as_json=as_json)
-        with ending(call.out):
+        with ending(call.out), contextlib.closing(call):
             function(call, **given)
 
     parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *added]

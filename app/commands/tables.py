@@ -14,7 +14,8 @@ def listing(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: S
     """Give a table with a head; columns named in `numbers` are right-aligned. Cells are rich markup."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        name = column in {"id", "status"}  # never broken: it is copied
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold", no_wrap=name)
     for row in rows:
         table.add_row(*("-" if cell is None else str(cell) for cell in row))
     return table

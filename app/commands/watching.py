@@ -9,12 +9,15 @@ from app.commands.bars import JobBoard
 from app.commands.call import Call, Exit
 
 _INTERVAL = 0.5
-_QUIET = frozenset({"metric", "status", "done"})  # the bars show these already
+_SHOWN = frozenset({"metric", "status", "checkpoint", "done"})  # the bars tell these already
 _STYLES = {"warning": "yellow", "error": "red"}
 
 
-def watch(client: Client, board: JobBoard, jobs: Sequence[str]) -> list[Any]:
-    """Show the jobs until every one ended, and give them as they are then, in the same order."""
+def watch(client: Client, board: JobBoard, jobs: Sequence[str], *, quiet: bool = False) -> list[Any]:
+    """Show the jobs until every one ended, and give them as they are then, in the same order.
+
+    With `quiet` only warnings and errors of their logs are said.
+    """
     last: dict[str, Any] = {}
     seen = dict.fromkeys(jobs, 0)
     while True:
@@ -25,7 +28,7 @@ def watch(client: Client, board: JobBoard, jobs: Sequence[str]) -> list[Any]:
             board.show(last[job])
             for event in client.jobs.logged(job, after=seen[job]):
                 seen[job] = event["number"]
-                if event["type"] not in _QUIET:
+                if event["level"] != "info" or not (quiet or event["type"] in _SHOWN):
                     board.say(f"{last[job]['name']}: {event['message']}", _STYLES.get(event["level"], "dim"))
         if all(last[job]["status"] in ENDED for job in jobs):
             return [last[job] for job in jobs]

@@ -41,7 +41,11 @@ def wanted_torch() -> str | None:
 
 def probe() -> dict[str, Any] | str:
     """Import torch and torchvision in a fresh process and give what it sees, or the last line of what went wrong."""
-    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", _PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        return "the import did not end within five minutes"
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
