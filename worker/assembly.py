@@ -19,13 +19,14 @@ from worker.data.images import Images, Streamed, native_size, open_images
 from worker.data.shelf import Shelf
 from worker.data.source import Data, Source, in_order, part
 from worker.data.split import reduced, split_labels
-from worker.parts import architectures, backbones, compute, tuning
+from worker.parts import architectures, backbones, compute, small_networks, tuning
 from worker.parts.seed import derive
 from worker.parts.tuning import Plan
 from worker.parts.weights import normalisation
 from worker.recipe import Info, Params, Recipe
 from worker.report import Order, Reporter
 
+WHITENED_ROWS = 1024  # training images that a whitening stem looks at
 SMALLEST_SIDE = 32  # of torchvision's networks, which halve the image five times; our own small ones take 8
 
 
@@ -100,7 +101,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     mean, std = network.normalisation or (train.mean, train.std)
     data = _data(recipe, spec, facts, train, images, mean, std, seed)
     counts = _class_counts(data.train.labels, len(facts.classes)) if recipe.requires.labels else ()
-    backbone = _backbone(network, seed)
+    backbone = _backbone(network, seed, data)
     info = Info(
         task=facts.task, classes=facts.classes, samples=len(data.train), channels=channels, image_size=size,
         feature_dimension=int(cast(Any, backbone.dimension)), architecture=network.facts, class_counts=counts,
@@ -132,12 +133,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
 
 
 def start(made: Assembly, order: Order, reporter: Reporter) -> Assembly:
-    """Do what the plan allows before step 0: set a whitening stem from the data, and cache a frozen prefix."""
+    """Do what comes between the plan and step 0: run a frozen prefix over the data once and keep its output."""
     compute.settle(made.plan)
-    if made.network.weights is None:
-        rows = evaluate.probe_rows(len(made.data.train), made.spec.training.seed)[:1024]
-        batch = made.data.ready(made.data.train.batch(rows), torch.device("cpu"))
-        backbones.initialise_from(cast(Any, made.objective).backbone, batch["image"])
     prefix: nn.Module | None = getattr(made.objective, "frozen_prefix", None)
     if not made.plan.prefix_views or prefix is None:
         return made
@@ -290,12 +287,15 @@ def _class_counts(labels: Tensor, classes: int) -> tuple[int, ...]:
     return tuple(torch.bincount(labels[labels >= 0], minlength=classes).tolist())
 
 
-def _backbone(network: Network, seed: int) -> nn.Module:
+def _backbone(network: Network, seed: int, data: Data) -> nn.Module:
     backbone = backbones.build_backbone(
         network.architecture, channels=network.channels, image_size=network.image_size, seed=derive(seed, "backbone")
     )
     if network.weights is not None:
         backbones.load_backbone(backbone, network.weights, source=network.source)
+    elif small_networks.fixed_stem(backbone):
+        rows = evaluate.probe_rows(len(data.train), seed)[:WHITENED_ROWS]
+        backbones.initialise_from(backbone, data.ready(data.train.batch(rows), torch.device("cpu"))["image"])
     return backbone
 
 
