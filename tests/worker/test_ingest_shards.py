@@ -136,8 +136,9 @@ def test_batches_and_shards_are_bounded(tmp_path: Path) -> None:
     made = run(pictures.zipped(tmp_path / "up", {f"{n:04d}.png": png(n % 50) for n in range(999)}), tmp_path)
     assert len(stream(Path(str(made.shards[0].path)))["image"].chunks) == 1
     writer = shards.ShardWriter(tmp_path, ("a",), shard_bytes=200_000)
-    for number in range(2500):
-        writer.add("train" if number < 2300 else "test", b"x" * 150, f"{number}.jpg", 0, None)
+    for first in range(0, 2500, 100):
+        names = [f"{number}.jpg" for number in range(first, first + 100)]
+        writer.add("train" if first < 2300 else "test", [b"x" * 150] * 100, names, [0] * 100, {})
     found = writer.close()
     assert [(shard.split, shard.index, shard.rows) for shard in found] == [
         ("train", 0, 1000), ("train", 1, 1000), ("train", 2, 300), ("test", 0, 200),
@@ -147,8 +148,7 @@ def test_batches_and_shards_are_bounded(tmp_path: Path) -> None:
         0: "0.jpg", 1000: "1000.jpg", 2299: "2299.jpg", 2300: "2300.jpg"
     }  # fmt: skip
     big = shards.ShardWriter(tmp_path / "scratch", ())
-    for number in range(5):
-        big.add("train", b"x" * 20 * 2**20, f"{number}", None, None)
+    big.add("train", [b"x" * 20 * 2**20] * 5, list("abcde"), [None] * 5, {})
     (only,) = big.close()
     assert [len(chunk) for chunk in stream(Path(str(only.path)))["label"].chunks] == [2, 2, 1]
 
@@ -164,6 +164,28 @@ def test_neither_threads_nor_bad_neighbours_move_a_row(threads: int, tmp_path: P
     made = ingest_folder(mixed, tmp_path / "two", limits=limits, threads=threads)
     assert made.facts.sha256 == plain.facts.sha256
     assert made.report["bad"]["count"] == 130
+
+
+def test_thumbnails_follow_their_rows_over_batches(tmp_path: Path) -> None:
+    writer = shards.ShardWriter(tmp_path, ())
+    for first in range(0, 3000, 600):
+        names = [str(number) for number in range(first, first + 600)]
+        pictures_of = {at: names[at].encode() for at in range(0, 600, 7)}
+        writer.add("train", [name.encode() for name in names], names, [None] * 600, pictures_of)
+    (shard,) = writer.close()
+    rows = stream(Path(str(shard.path)))["image"].to_pylist()
+    assert [row["path"] for row in rows] == [row["bytes"].decode() for row in rows] == [str(n) for n in range(3000)]
+    found = stream(Path(str(shard.thumbnails_path)))["thumbnail"].to_pylist()
+    assert found == [str(n).encode() if n % 600 % 7 == 0 else None for n in range(3000)]
+
+
+def test_a_lie_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    entries = [pictures.Entry(b"%05d.jpg" % n, jpeg(n % 9)) for n in range(2000)]
+    entries[1900].local_name = b"other.jpg"
+    limits = pictures.LIMITS.model_copy(update={"max_entries": 5000})
+    with pytest.raises(DataFault, match="another name in its own header"):
+        ingest_folder(pictures.raw_zip(tmp_path / "up", entries), tmp_path / "scratch", limits=limits, threads=2)
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_the_report_counts(tmp_path: Path) -> None:

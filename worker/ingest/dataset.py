@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,10 +102,10 @@ def _make(
     open_source: Open, scratch: Path, *, on_error: OnError, asked: str | None, id: str, limits: Limits, threads: int,
     reporter: Reporter,
 ) -> MadeDataset:  # fmt: skip
-    clock = _Clock(reporter)
+    clock, threads = _Clock(reporter), threads or os.cpu_count() or 1
     work = Path(tempfile.mkdtemp(prefix=".ingest-", dir=scratch))
     try:
-        with sandbox.restrict(limits):
+        with sandbox.restrict(limits, threads):
             source = open_source(work, lambda part: clock.tick("unpack", _UNPACKING * part))
             try:
                 return _write(source, work, scratch, on_error, asked, id, limits, threads, clock)
@@ -131,26 +132,13 @@ def _write(
 ) -> MadeDataset:  # fmt: skip
     folder = work / FOLDER
     folder.mkdir()
-    writer, report, done = ShardWriter(folder, source.classes), Report(source), 0
-    _refuse_bad(report.bad, on_error, full=_NAMES_IN_FAULT)
-    for rows, data, verdicts in _inspected(source, limits, threads or os.cpu_count() or 1):
-        good = [at for at in range(len(data)) if at not in verdicts.reasons]
-        for at in good:
-            writer.add(rows.split, data[at], rows.names[at], rows.labels[at], verdicts.thumbnails.get(at))
-        report.add(
-            rows.split, verdicts.table[good], [rows.labels[at] for at in good], sum(len(data[at]) for at in good)
-        )
-        report.bad.extend(Problem(shown(rows.names[at]), reason) for at, reason in sorted(verdicts.reasons.items()))
-        _refuse_bad(report.bad, on_error, full=_NAMES_IN_FAULT)
-        done += rows.bytes
-        clock.tick("decode", _UNPACKING + (1 - _UNPACKING) * min(1.0, done / max(source.bytes, 1)), report.samples)
-    _refuse_bad(report.bad, on_error, full=1)
-    if not report.samples:
-        raise DataFault(
-            f"none of the {len(report.bad)} images can be used: {_listed(report.bad)}", code="no_usable_images",
-            phase="ingest", hint="give whole JPEG, PNG, WebP or GIF files",
-        )  # fmt: skip
-    shards = writer.close()
+    writer, report = ShardWriter(folder, source.classes), Report(source)
+    try:
+        _read_all(source, writer, report, on_error, _inspected(source, limits, threads), clock)
+        shards = writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
     facts, summary = report.facts(), report.json(shards)
     shutil.rmtree(scratch / FOLDER, ignore_errors=True)
     folder.rename(scratch / FOLDER)  # whole or not at all
@@ -171,6 +159,44 @@ def _write(
         report=summary,
         shards=shards,
     )
+
+
+def _read_all(
+    source: Source, writer: ShardWriter, report: Report, on_error: OnError, chunks: Iterator["_Inspected"],
+    clock: "_Clock",
+) -> None:  # fmt: skip
+    """Write what is good, name what is bad. Raises `DataFault` when nothing is left, or when nothing may be bad."""
+    done = 0
+    _refuse_bad(report.bad, on_error, full=_NAMES_IN_FAULT)
+    for found in chunks:
+        reasons = sorted(found.verdicts.reasons.items())
+        report.bad.extend(Problem(shown(found.rows.names[at]), reason) for at, reason in reasons)
+        rows, data, verdicts = _good(found)
+        writer.add(rows.split, data, rows.names, rows.labels, verdicts.thumbnails)
+        report.add(rows.split, verdicts.table, rows.labels, sum(map(len, data)))
+        _refuse_bad(report.bad, on_error, full=_NAMES_IN_FAULT)
+        done += rows.bytes
+        clock.tick("decode", _UNPACKING + (1 - _UNPACKING) * min(1.0, done / max(source.bytes, 1)), report.samples)
+    _refuse_bad(report.bad, on_error, full=1)
+    if not report.samples:
+        raise DataFault(
+            f"none of the {len(report.bad)} images can be used: {_listed(report.bad)}", code="no_usable_images",
+            phase="ingest", hint="give whole JPEG, PNG, WebP or GIF files",
+        )  # fmt: skip
+
+
+def _good(found: "_Inspected") -> "_Inspected":
+    """Leave out the rows that have a reason."""
+    rows, data, verdicts = found
+    if not verdicts.reasons:
+        return found
+    good = [at for at in range(len(data)) if at not in verdicts.reasons]
+    thumbnails = {new: verdicts.thumbnails[at] for new, at in enumerate(good) if at in verdicts.thumbnails}
+    names, labels = [rows.names[at] for at in good], [rows.labels[at] for at in good]
+    return _Inspected(
+        replace(rows, names=names, labels=labels), [data[at] for at in good],
+        Verdicts(verdicts.table[good], {}, thumbnails),
+    )  # fmt: skip
 
 
 class _Inspected(NamedTuple):

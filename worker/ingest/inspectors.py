@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worker.ingest import sandbox
-from worker.ingest.archive import SPAN, Bytes
+from worker.ingest.archive import Bytes
 from worker.parts import decode
 from worker.report import Limits
 
@@ -44,6 +44,7 @@ VERDICT = np.dtype(
 )  # fmt: skip
 _VERDICT = struct.Struct("<32sIIIIBBBB")
 _COUNT = struct.Struct("<Q")
+_BUFFERS = 512  # of one system call; the least that every system takes is 1024
 assert _VERDICT.size == VERDICT.itemsize
 
 
@@ -94,7 +95,8 @@ def thumbnail(image: Tensor) -> bytes:
     size = [max(1, round(side * THUMBNAIL_SIDE / longest)) for side in (height, width)]
     if image.dtype == torch.uint16:
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    small = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    image = image[None].contiguous(memory_format=torch.channels_last)  # its fast path
+    small = F.interpolate(image, size, mode="bilinear", antialias=True)[0]
     return torch.ops.image.encode_jpeg.default(small.contiguous(), THUMBNAIL_QUALITY).numpy().tobytes()
 
 
@@ -154,8 +156,8 @@ class Inspector:
         self._at[:] = _COUNT.pack(0)
         try:
             self._socket.sendall(_COUNT.pack(len(batch)) + lengths.tobytes())
-            for piece in [b"".join(batch)] if lengths.sum() < SPAN else batch:
-                self._socket.sendall(piece)
+            for start in range(0, len(batch), _BUFFERS):
+                _send(self._socket, batch[start : start + _BUFFERS])
             table = np.frombuffer(self._receive(len(batch) * VERDICT.itemsize), VERDICT)
             rest = self._receive(int(table["reason"].sum(dtype=np.int64) + table["thumbnail"].sum(dtype=np.int64)))
         except TimeoutError:
@@ -181,6 +183,16 @@ class Inspector:
                 raise ConnectionResetError
             done += got
         return data
+
+
+def _send(connection: socket.socket, pieces: Sequence[Bytes]) -> None:
+    """Send pieces without joining them first, which would touch as much fresh memory again."""
+    sent, total = connection.sendmsg(pieces), sum(len(piece) for piece in pieces)
+    if sent < total:
+        for piece in pieces:
+            if sent < len(piece):
+                connection.sendall(memoryview(piece)[sent:])
+            sent = max(0, sent - len(piece))
 
 
 def _joined(parts: Sequence[Verdicts]) -> Verdicts:
@@ -214,11 +226,16 @@ def _serve(connection: socket.socket, at: mmap.mmap, limits: Limits) -> NoReturn
         _leave_behind(connection.fileno())
         torch.set_num_threads(1)
         sandbox.confine(limits)
-        stream = connection.makefile("rb", buffering=2**16)
-        while head := stream.read(_COUNT.size):
+        head, room = bytearray(_COUNT.size), bytearray()  # the room is used again and again
+        while _fill(connection, memoryview(head)):
             (count,) = _COUNT.unpack(head)
-            lengths = np.frombuffer(stream.read(8 * count), "<u8").tolist()
-            data = memoryview(bytearray(stream.read(sum(lengths))))
+            sizes = bytearray(8 * count)
+            _fill(connection, memoryview(sizes))
+            lengths = np.frombuffer(sizes, "<u8").tolist()
+            if sum(lengths) > len(room):
+                room = bytearray(sum(lengths))
+            data = memoryview(room)
+            _fill(connection, data[: sum(lengths)])
             verdicts, rest, start = [], [], 0
             for number, length in enumerate(lengths):
                 at[:] = _COUNT.pack(number)
@@ -229,6 +246,16 @@ def _serve(connection: socket.socket, at: mmap.mmap, limits: Limits) -> NoReturn
             connection.sendall(b"".join(verdicts) + b"".join(rest))
     finally:
         os._exit(0)
+
+
+def _fill(connection: socket.socket, room: memoryview) -> bool:
+    """Receive exactly so many bytes; false when the parent is gone."""
+    while room:
+        got = connection.recv_into(room)
+        if not got:
+            return False
+        room = room[got:]
+    return True
 
 
 def _leave_behind(keep: int) -> None:

@@ -26,12 +26,8 @@ class Report:
         self._labels: list[np.ndarray] = []
         self._splits: list[np.ndarray] = []
         self.bad: list[Problem] = list(source.problems)
+        self.samples = 0
         self.bytes = 0
-
-    @property
-    def samples(self) -> int:
-        """How many rows were kept so far."""
-        return sum(len(part) for part in self._labels)
 
     def add(self, split: Split, table: np.ndarray, labels: Sequence[int | None], count: int) -> None:
         """Note rows that were kept: `table[i]` of dtype `VERDICT`, and their bytes together."""
@@ -42,6 +38,7 @@ class Report:
         self._tables.append(slim)
         self._labels.append(np.array([-1 if label is None else label for label in labels], np.int32))
         self._splits.append(np.full(len(table), SPLITS.index(split), np.uint8))
+        self.samples += len(table)
         self.bytes += count
 
     def facts(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from worker.report import Limits
 
 PARSER_BYTES = 4 * 2**30  # address space on top of what the process has, for archives and Parquet
+PARSER_BYTES_A_THREAD = 192 * 2**20  # its stack, its malloc arena, the chunk it reads
 _FILES = 512
 
 
@@ -17,14 +18,17 @@ def decoder_bytes(limits: Limits) -> int:
 
 
 @contextlib.contextmanager
-def restrict(limits: Limits) -> Iterator[None]:
+def restrict(limits: Limits, threads: int = 1) -> Iterator[None]:
     """Bound this process while it reads an upload; the old limits come back afterwards.
 
     Only soft limits are set: the trainer that ingests inside `tuneyard run` goes on to train.
     """
     before = {kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_NOFILE)}
     wanted = {
-        resource.RLIMIT_AS: address_space() + PARSER_BYTES + 2 * limits.max_entry_bytes,
+        resource.RLIMIT_AS: address_space()
+        + PARSER_BYTES
+        + threads * PARSER_BYTES_A_THREAD
+        + 2 * limits.max_entry_bytes,
         resource.RLIMIT_NOFILE: _FILES,
     }
     for kind, (soft, hard) in before.items():
