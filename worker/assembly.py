@@ -20,7 +20,7 @@ from worker.data.shelf import Shelf
 from worker.data.source import Data, Source, in_order, part
 from worker.data.split import reduced, split_labels
 from worker.parts import architectures, backbones, compute, small_networks, tuning
-from worker.parts.seed import derive
+from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
 from worker.parts.weights import normalisation
 from worker.recipe import Info, Params, Recipe
@@ -109,7 +109,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     )  # fmt: skip
     assert recipe.build is not None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "objective"))
+        reseed(derive(seed, "objective"))
         objective = recipe.build(params, backbone, info)
     prepare = recipe.inputs(params, info) if recipe.inputs is not None else None
     data = replace(data, prepare=prepare)

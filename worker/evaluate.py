@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from worker.data.source import Data, Source, ahead, in_order
 from worker.parts import compute, metrics
-from worker.parts.seed import derive, generator
+from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import PROBE_ROWS, Plan
 from worker.recipe import Progress
 
@@ -42,7 +42,7 @@ def outputs(module: nn.Module, source: Source, data: Data, plan: Plan, device: t
             if evaluate is None:
                 if len(rows) < plan.batch_size and number:
                     continue  # a loss that couples its batch means something else on a small rest
-                torch.manual_seed(derive(0, "validation", number))
+                reseed(derive(0, "validation", number), device)
                 ready = data.ready(batch, device, generator(0, "validation", number, device=device))
                 loss: Tensor = module(compute.laid_out(ready, plan), Progress(0, 1, 0, 1))["loss"]
                 found = {"loss": loss.float().expand(len(rows))}

@@ -22,7 +22,7 @@ from worker.clock import Clock
 from worker.data.source import Data, ahead
 from worker.parts import compute, optim, schedule
 from worker.parts.ema import Average
-from worker.parts.seed import derive, generator
+from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import Plan
 from worker.parts.window import Window
 from worker.recipe import Batch, Progress
@@ -99,7 +99,7 @@ def train(
     while state.step < plan.steps and not halted():
         epoch, position = divmod(state.step, plan.steps_per_epoch)
         if position == 0 and hasattr(module, "before_epoch"):
-            torch.manual_seed(derive(training.seed, "epoch", epoch))
+            reseed(derive(training.seed, "epoch", epoch), device)
             stale = objective.before_epoch(
                 lambda: evaluate.features(objective.backbone, data.train, data, plan, device), _progress(state, plan)
             )
@@ -114,7 +114,7 @@ def train(
             learning_rate = _learning_rate(state.step, training, plan) * scales.get("learning_rate", 1.0)
             optimizer.schedule(learning_rate, training.weight_decay * scales.get("weight_decay", 1.0))
 
-            torch.manual_seed(derive(training.seed, "step", state.step))  # dropout, and whatever a recipe draws
+            reseed(derive(training.seed, "step", state.step), device)  # dropout, and whatever a recipe draws
             draws = generator(training.seed, "inputs", state.step, device=device)
             for part in _micro_batches(batch, len(rows), plan):
                 ready = compute.laid_out(data.ready(part, device, draws), plan)

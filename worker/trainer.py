@@ -27,7 +27,7 @@ from worker.ingest.dataset import LIMITS
 from worker.loop import Result
 from worker.parts import compute, tuning
 from worker.parts.export import Card, export
-from worker.parts.seed import derive
+from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
 from worker.report import Failed, Finished, MadeFile, MadeModel, Message, Metrics, Order, Reporter
 
@@ -175,7 +175,7 @@ def _pictures(made: Assembly, scratch: Path) -> list[MadeFile]:
     show = getattr(made.objective, "pictures", None)
     if show is None:
         return []
-    torch.manual_seed(derive(made.spec.training.seed, "pictures"))
+    reseed(derive(made.spec.training.seed, "pictures"), made.device)
     batch = made.data.ready(made.data.train.batch(picture_rows(made)), made.device)
     with evaluate.evaluating(made.objective, made.plan, made.device):
         shown: dict[str, torch.Tensor] = show(compute.laid_out(batch, made.plan))

@@ -17,6 +17,7 @@ from worker import checkpoint, clock, loop
 from worker.checkpoint import Checkpoints, Contents
 from worker.data.source import Data, Part, part
 from worker.loop import Result
+from worker.parts.seed import reseed
 from worker.parts.tuning import Plan
 from worker.recipe import Batch, Progress
 from worker.report import Saved
@@ -71,7 +72,7 @@ class Small(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        torch.manual_seed(seed)
+        reseed(seed)
         self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
         self.head = nn.Linear(8, 2)
         self.register_buffer("queue", torch.zeros(4))
@@ -196,6 +197,13 @@ def test_nothing_is_read_from_the_device_within_a_step(tmp_path: Path, monkeypat
               with_data=data(Rows(rows)))  # fmt: skip
         counts.append(len(reads))
     assert counts[0] == counts[1] > 0, "four more steps read nothing more"
+
+
+def test_seeding_a_step_leaves_nothing_behind(tmp_path: Path) -> None:
+    """torch.manual_seed remembers a call with its stack for a GPU that is not there, on every step of a run."""
+    before = len(torch.cuda._queued_calls)
+    train(Small(), Training(epochs=4, batch_size=4), tmp_path)
+    assert len(torch.cuda._queued_calls) == before
 
 
 def test_the_reported_losses_are_means_over_their_window(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -85,11 +86,15 @@ class Data:
         return {key: self._normalised(value) if key.startswith("image") else value for key, value in moved.items()}
 
     def _normalised(self, images: Tensor) -> Tensor:
-        """Bring images to zero mean and unit deviation per channel: (x / full - mean) / std, in one pass."""
-        full = 255.0 if images.dtype == torch.uint8 else 1.0
-        scale = (1 / (full * self.std)).to(images.device)[:, None, None]
-        shift = (-self.mean / self.std).to(images.device)[:, None, None]
-        return torch.addcmul(shift, images.float(), scale)
+        """Bring images to zero mean and unit deviation per channel."""
+        scale, scale_of_bytes, shift = (value.to(images.device) for value in self._line)
+        return torch.addcmul(shift, images.float(), scale_of_bytes if images.dtype == torch.uint8 else scale)
+
+    @cached_property
+    def _line(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(x - mean) / std as x * scale + shift, one pass; each [channels, 1, 1]."""
+        scale, shift = (1 / self.std)[:, None, None], (-self.mean / self.std)[:, None, None]
+        return scale, scale / 255, shift
 
 
 def in_order(source: Source, size: int) -> Iterator[Tensor]:
