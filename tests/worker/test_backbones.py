@@ -223,6 +223,23 @@ def test_whitening_makes_patches_white():
     assert not stem.weight.requires_grad
 
 
+@pytest.mark.parametrize("name", ["mnasnet0_5", "densenet121", "small_vit"])
+def test_a_plain_dictionary_of_tensors_loads(name):
+    source, backbone = make(name, seed=1), make(name, seed=2)
+    load_backbone(copy.deepcopy(backbone), dict(source.state_dict()), source="mdl_1")
+    load_backbone(backbone, {key: value.clone() for key, value in source.state_dict().items()}, source="mdl_1")
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in backbone.state_dict().items())
+
+
+def test_a_deep_copy_loads_into_itself():
+    backbone = make("mnasnet0_5", seed=2)
+    before = backbone.state_dict()["layers.0.weight"].clone()
+    twin = copy.deepcopy(backbone)
+    twin.load_state_dict(dict(make("mnasnet0_5", seed=1).state_dict()))
+    assert torch.equal(backbone.state_dict()["layers.0.weight"], before)
+    assert not torch.equal(twin.state_dict()["layers.0.weight"], before)
+
+
 def test_load_backbone_leaves_a_head_out_and_names_what_does_not_fit():
     source = make("resnet18", seed=1).state_dict()
     backbone = make("resnet18", seed=2)

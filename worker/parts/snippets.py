@@ -18,7 +18,7 @@ LINES = 25
 def loading_snippet(config: ModelConfig) -> str:
     """Write what loads `model.safetensors` from the working directory into `model`, in at most 25 lines.
 
-    An unmodified torchvision architecture takes three lines after the imports.
+    An unmodified torchvision architecture takes three lines after the imports (MNASNet five).
     """
     with meta_parameters():
         network = assemble(config)
@@ -41,15 +41,25 @@ def _torchvision(config: ModelConfig, network: Network) -> str:
         changes = [*changes, Change(path, head or nn.Identity())]
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
     last = {change.path: change for change in changes}
-    lines = [
+    made = [
         f"model = torchvision.models.{constructor}({arguments})",
         *(_assignment(change) for change in last.values()),
     ]
-    imports = ["import safetensors.torch", "import torch" if last else "", "import torchvision", ""]
-    return "\n".join([line for line in imports[:-1] if line] + [""] + lines + _LOAD)
+    imports = ["import safetensors.torch", *(["import torch"] if last else []), "import torchvision", ""]
+    if constructor.startswith("mnasnet"):
+        return "\n".join(["from collections import OrderedDict", "", *imports, *made, *_LOAD_MNASNET])
+    return "\n".join([*imports, *made, *_LOAD])
 
 
 _LOAD = ['model.load_state_dict(safetensors.torch.load_file("model.safetensors"))', "model.eval()"]
+
+# The loader of this one class insists on a version, which safetensors has no place for.
+_LOAD_MNASNET = [
+    'weights = OrderedDict(safetensors.torch.load_file("model.safetensors"))',
+    'weights._metadata = {"": {"version": 2}}  # MNASNet asks for it',
+    "model.load_state_dict(weights)",
+    "model.eval()",
+]
 
 
 def _assignment(change: Change) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
@@ -81,6 +82,10 @@ def stock_network(architecture: Mapping[str, Any], *, channels: int, image_size:
     head = network.get_submodule(family.head)
     dimension = expected = int(getattr(head, "in_features", 0) or getattr(head, "in_channels", 0))
     apply_change(network, Change(family.head, nn.Identity()))
+    if isinstance(network, tv.MNASNet):
+        # Its own loader insists on a version that a plain dictionary of tensors cannot carry.
+        plain: Any = partial(nn.Module._load_from_state_dict, network)
+        network._load_from_state_dict = plain
     if isinstance(network, tv.VGG | tv.AlexNet):
         apply_change(network, Change("avgpool", ExactPool(*cast(Any, network.avgpool).output_size)))
     if isinstance(network, tv.SqueezeNet):
