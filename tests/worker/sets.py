@@ -26,7 +26,9 @@ def digits(train: int = 160, test: int = 60) -> dict[str, Split]:
     return {"train": (pixels[:train], labels[:train]), "test": (pixels[-test:], labels[-test:])}
 
 
-def write_set(folder: Path, splits: dict[str, Split], *, classes: int = 10, rows_per_shard: int = 100) -> DatasetFacts:
+def write_set(
+    folder: Path, splits: dict[str, Split], *, classes: int = 10, rows_per_shard: int = 100, kind: str = "PNG"
+) -> DatasetFacts:
     """Write shards in the canonical form and describe them."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
@@ -34,7 +36,7 @@ def write_set(folder: Path, splits: dict[str, Split], *, classes: int = 10, rows
         for index, start in enumerate(range(0, len(labels), rows_per_shard)):
             path = folder / f"{split}-{index:05d}.arrow"
             rows = range(start, min(start + rows_per_shard, len(labels)))
-            images = [{"bytes": _png(pixels[row]), "path": f"{split}/{row}.png"} for row in rows]
+            images = [{"bytes": encoded(pixels[row], kind), "path": f"{split}/{row}.{kind.lower()}"} for row in rows]
             column = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
             known = pa.array([None if labels[row] < 0 else int(labels[row]) for row in rows], pa.int64())
             table = pa.table({"image": column, "label": known})
@@ -59,9 +61,10 @@ def write_set(folder: Path, splits: dict[str, Split], *, classes: int = 10, rows
     )  # fmt: skip
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    """Encode one image."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
+    Image.fromarray(pixels).save(stream, kind)
     return stream.getvalue()
 
 

@@ -57,6 +57,15 @@ def test_rows_are_resized_as_torchvision_does_and_keep_their_labels(facts: Datas
     assert test.batch(torch.tensor([1]))["index"].tolist() == [13], "samples are counted over all splits"
 
 
+def test_jpegs_are_read_as_torchvision_reads_them(tmp_path: Path) -> None:
+    pixels, labels = photographs(4)
+    facts = sets.write_set(tmp_path / "set", {"train": (pixels, labels)}, kind="JPEG")
+    found, _ = opened(facts, tmp_path)
+    data = torch.frombuffer(bytearray(sets.encoded(pixels[2], "JPEG")), dtype=torch.uint8)
+    expected = v2.resize(torch.ops.image.decode_jpeg(data, 3, False), [8, 8], antialias=True)
+    assert torch.equal(found.batch(torch.tensor([2]))["image"][0], expected)
+
+
 def test_small_images_are_kept_as_they_are(digits: DatasetFacts, tmp_path: Path) -> None:
     found, _ = opened(digits, tmp_path)
     pixels, _ = sets.digits()["train"]

@@ -114,7 +114,9 @@ class Encoded:
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
         place = row - int(self._starts[chunk])
         try:
-            return fit(decode(memoryview(self._bytes[chunk][place].as_buffer())), channels, size)
+            # Arrow calls its bytes signed; the decoder compares them with 0xFF.
+            data = memoryview(self._bytes[chunk][place].as_buffer()).cast("B")
+            return fit(decode(data), channels, size)
         except Undecodable as error:
             name = self._paths[chunk][place].as_py()
             raise DataFault(
