@@ -144,6 +144,22 @@ def test_an_image_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         inspector.close()
 
 
+def test_an_image_that_computes_for_ever_is_ended_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(data: bytes, limits: object) -> tuple[bytes, bytes, bytes]:
+        while bytes(data) == b"busy":
+            pass
+        return quick(data, pictures.LIMITS)
+
+    quick = inspectors.vet
+    monkeypatch.setattr(inspectors, "vet", busy)
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
+    inspector = Inspector(pictures.LIMITS)
+    try:
+        assert inspector.inspect([jpeg(1), b"busy", jpeg(2)]).reasons == {1: "damaged: the decoder crashed on it"}
+    finally:
+        inspector.close()
+
+
 def test_decoding_cannot_take_more_memory_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "decoder_bytes", lambda limits: 64 * 2**20)
     inspector = Inspector(pictures.LIMITS.model_copy(update={"max_pixels": 10**9}))

@@ -227,7 +227,7 @@ def test_the_report_counts(tmp_path: Path) -> None:
     [
         (("train/a/1.jpg", "train/a/2.jpg"), "one class only ('a')"),
         (("test/a/1.jpg", "test/b/2.jpg"), "no train split"),
-        (("train/a/1.jpg", "test/b/2.jpg"), "1 classes have no training image: b"),
+        (("train/a/1.jpg", "test/b/2.jpg"), "no training image of 1 of 2 classes: b"),
     ],
 )
 def test_what_a_user_should_know_is_a_warning(files: tuple[str, ...], words: str, tmp_path: Path) -> None:

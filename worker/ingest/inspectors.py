@@ -228,6 +228,7 @@ def _serve(connection: socket.socket, at: mmap.mmap, limits: Limits) -> NoReturn
         sandbox.confine(limits)
         head, room = bytearray(_COUNT.size), bytearray()  # the room is used again and again
         while _fill(connection, memoryview(head)):
+            sandbox.allow_cpu()
             (count,) = _COUNT.unpack(head)
             sizes = bytearray(8 * count)
             _fill(connection, memoryview(sizes))

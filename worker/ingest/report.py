@@ -132,7 +132,7 @@ class Report:
             found.append(f"there is one class only ({classes[0]!r}): fine-tuning needs at least two")
         empty = [name for name, count in zip(classes, train, strict=True) if not count]
         if len(classes) > 1 and empty and (splits == 0).any():
-            found.append(f"{len(empty)} classes have no training image: {', '.join(empty[:5])}")
+            found.append(f"no training image of {len(empty)} of {len(classes)} classes: {', '.join(empty[:5])}")
         imbalance = report["imbalance"]
         if imbalance and imbalance["ratio"] and imbalance["ratio"] >= 10:
             found.append(f"the largest class has {imbalance['ratio']:g} times the images of the smallest")

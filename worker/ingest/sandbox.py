@@ -3,12 +3,14 @@
 import contextlib
 import os
 import resource
+import time
 from collections.abc import Iterator
 
 from worker.report import Limits
 
 PARSER_BYTES = 4 * 2**30  # address space on top of what the process has, for archives and Parquet
 PARSER_BYTES_A_THREAD = 192 * 2**20  # its stack, its malloc arena, the chunk it reads
+CPU_SECONDS = 600  # for one batch of images; the parent is less patient, but it may be gone
 _FILES = 512
 
 
@@ -50,6 +52,13 @@ def confine(limits: Limits) -> None:
     ):
         least = _least(wanted, *resource.getrlimit(kind))
         resource.setrlimit(kind, (least, least))
+
+
+def allow_cpu() -> None:
+    """Let this process run `CPU_SECONDS` more; the kernel ends it then, whoever else is still alive."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = _least(int(time.process_time()) + CPU_SECONDS, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def address_space() -> int:
