@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import signal
 import socket
 import sys
 import threading
@@ -51,7 +52,9 @@ class Idle:
     def __init__(self, host: Host, dispatch: Callable[[Source, bool], None]) -> None:
         self._host, self._dispatch = host, dispatch
         self._poked = threading.Event()
-        self._offered = False
+        self._catalogue: Published | None = None
+        self._offered = self._left = False
+        self._listing = threading.Lock()
         self._failing: dict[str, str] = {}
         settings = host.settings
         self._duties: list[tuple[str, float, Callable[[], None]]] = [
@@ -67,9 +70,9 @@ class Idle:
         """Begin, in a thread that ends with the process: a draining worker still beats."""
         threading.Thread(target=self._run, name="idle", daemon=True).start()
 
-    def offer(self) -> None:
-        """There is a warm trainer: be listed as a worker from now on, and look for work."""
-        self._offered = True
+    def offer(self, catalogue: Published) -> None:
+        """There is a warm trainer: publish what it can run, be listed as a worker from now on, and look for work."""
+        self._catalogue = catalogue
         self._due["beat"] = 0.0
         self.poke()
 
@@ -77,6 +80,12 @@ class Idle:
         """There may be work: poll now."""
         self._due["poll"] = 0.0
         self._poked.set()
+
+    def leave(self) -> None:
+        """Be listed no more."""
+        with self._listing, transaction(self._host.engine) as session:
+            self._left = True
+            workers.leave(session, self._host.worker)
 
     def _run(self) -> None:
         while True:
@@ -105,14 +114,23 @@ class Idle:
                 log.info("a duty works again", duty=name)
 
     def _beat(self) -> None:
-        host = self._host
-        if not self._offered:  # whoever sees a worker in the list may count on it
+        host, catalogue = self._host, self._catalogue
+        if catalogue is None and not self._offered:  # whoever sees a worker in the list may count on it
             return
-        with transaction(host.engine) as session:
+        with self._listing, transaction(host.engine) as session:
+            if self._left:
+                return
+            if catalogue is not None:
+                recipes.publish(session, catalogue)
             workers.beat(
                 session, host.worker, host=socket.gethostname(), slots=host.slots.training, busy=host.slots.busy,
                 gpus=[gpu.to_json() for gpu in host.slots.gpus], versions=versions(), draining=host.draining.is_set(),
             )  # fmt: skip
+        if catalogue is not None:
+            log.info("catalogue published", recipes=len(catalogue["recipes"]))
+            self._offered = True
+            if self._catalogue is catalogue:  # else a newer one came meanwhile
+                self._catalogue = None
 
     def _poll(self) -> None:
         self._host.warm.refresh()
@@ -157,12 +175,6 @@ def serve(settings: Settings, *, command: Sequence[str] = COMMAND) -> int:
     slots = Slots(settings.slots, gpus)
     publisher = Publisher(settings)
 
-    def publish(catalogue: Published) -> None:
-        with transaction(engine) as session:
-            recipes.publish(session, catalogue)
-        log.info("catalogue published", recipes=len(catalogue["recipes"]))
-        idle.offer()
-
     def announce(job_id: str, internal: bool) -> None:
         publisher.wake(job_id, internal=internal)
         idle.poke()  # without Redis, and to be quicker with it
@@ -170,8 +182,12 @@ def serve(settings: Settings, *, command: Sequence[str] = COMMAND) -> int:
     def dispatch(source: Source, internal: bool) -> None:
         controller.pool.apply_async(work, (host, source), {"internal": internal})
 
-    cache = settings.home_path / "cache"
-    warm = Warm(cache=cache, gpus=[gpu.index for gpu in gpus], command=command, on_ready=publish)
+    warm = Warm(
+        cache=settings.home_path / "cache",
+        gpus=[gpu.index for gpu in gpus],
+        command=command,
+        on_ready=lambda catalogue: idle.offer(catalogue),
+    )
     host = Host(
         settings=settings, engine=engine, blobs=open_blobs(settings), slots=slots, warm=warm, worker=new_id("wrk"),
         threads=settings.threads or max(1, cores() // slots.training), announce=announce,
@@ -185,7 +201,7 @@ def serve(settings: Settings, *, command: Sequence[str] = COMMAND) -> int:
     )  # fmt: skip
     log.info("worker starts", worker=host.worker, pid=os.getpid(), slots=slots.training, threads=host.threads)
     controller.start()
-    return _end(host, publisher, int(controller.exitcode or 0))
+    return _end(host, idle, publisher, int(controller.exitcode or 0))
 
 
 def _celery(host: Host, idle: Idle) -> "Celery":
@@ -205,6 +221,8 @@ def _celery(host: Host, idle: Idle) -> "Celery":
         requires = ("celery.worker.components:Pool",)
 
         def start(self, parent: Any) -> None:  # noqa: ARG002
+            # Celery would restart itself on SIGHUP; who closes the terminal wants an orderly end.
+            signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
             idle.start()
 
         def stop(self, parent: Any) -> None:  # noqa: ARG002
@@ -234,12 +252,11 @@ def _bound_the_drain(host: Host) -> None:
     os._exit(70)
 
 
-def _end(host: Host, publisher: Publisher, code: int) -> int:
+def _end(host: Host, idle: Idle, publisher: Publisher, code: int) -> int:
     host.drain()
     host.warm.close()
     try:
-        with transaction(host.engine) as session:
-            workers.leave(session, host.worker)
+        idle.leave()
     except Exception as error:
         log.warning("the worker's row stays until it is old", error=str(error))
     publisher.close()
@@ -247,10 +264,21 @@ def _end(host: Host, publisher: Publisher, code: int) -> int:
     return code
 
 
-def main() -> int:
-    """Read the settings from the environment and run a worker."""
-    return serve(Settings())  # pyright: ignore[reportCallIssue]
+def healthy(settings: Settings) -> bool:
+    """Say whether a worker of this host was heard within three heartbeats; the health check of a container."""
+    engine = make_engine(settings.database, pool_size=1)
+    with transaction(engine, read_only=True) as session:
+        ages = [age for worker, age in workers.every(session) if worker.host == socket.gethostname()]
+    return bool(ages) and min(ages) < 3 * settings.heartbeat_seconds
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Read the settings from the environment and run a worker; with `--healthy`, only say how it is (0 is well)."""
+    settings = Settings()  # pyright: ignore[reportCallIssue]
+    if list(arguments) == ["--healthy"]:
+        return 0 if healthy(settings) else 1
+    return serve(settings)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -84,9 +84,10 @@ def work(host: Host, source: Source, *, internal: bool) -> int:
         try:
             claimed = claim(host, source, internal=internal)
         except Exception as error:  # the next poll comes soon
-            if not is_outage(error):
-                raise
-            log.warning("the database does not answer", error=str(error))
+            if is_outage(error):
+                log.warning("the database does not answer", error=str(error))
+            else:
+                log.exception("no job could be claimed")
             break
         if claimed is None:
             break

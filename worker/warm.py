@@ -147,7 +147,10 @@ class Server:
     def _read(self) -> None:
         with contextlib.suppress(OSError, ValueError), self._control.makefile("rb") as lines:
             for line in lines:
-                self._take(json.loads(line))
+                try:
+                    self._take(json.loads(line))
+                except Exception:  # the next line may be the death of a trainer, which somebody waits for
+                    log.exception("an answer was not understood", pid=self.process.pid)
         self._bury()
 
     def _take(self, message: dict[str, Any]) -> None:
@@ -279,10 +282,8 @@ class Warm:
         for spare in spares:
             spare.close()  # it runs the code of before
         log.info("zygote ready", pid=server.process.pid)
-        try:
-            self._on_published(published or {})
-        finally:
-            self.ready.set()
+        self.ready.set()
+        self._on_published(published or {})
         self.refresh()
 
     def _has_ended(self, server: Server) -> None:

@@ -44,9 +44,13 @@ def test_a_drain_ends_in_time_when_the_trainer_does_not_listen(stack: Stack) -> 
     stack.verb(job_id, "cancel")
 
 
-def test_an_idle_worker_ends_at_once_also_when_redis_is_away(stack: Stack) -> None:
+def test_a_worker_that_never_saw_redis_works_and_ends_at_once(stack: Stack) -> None:
+    stack.stop_worker(stack.workers[0])
     stack.stop_redis()
     worker = stack.start_worker()
+    job_id = stack.submit(steps=5)
+    stack.until_status(job_id, "succeeded", seconds=15)
+    assert stack.attempts(job_id)[0].source == "poll"
     began = time.monotonic()
     assert stack.stop_worker(worker, signal.SIGTERM) == 0
     assert time.monotonic() - began < 6
