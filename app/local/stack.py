@@ -166,7 +166,8 @@ class Stack:
     def _ready(self, url: str) -> bool:
         """Ask the API, as a user would, whether it can take a job and whether our own worker would run it."""
         worker = next(child for child in self._children if child.name == "worker")
-        if not worker.alive():
+        # Asked first: the API writes the first key before it answers for the first time.
+        if not worker.alive() or not answers(url):
             return False
         try:
             with Client(url, os.environ.get("TUNEYARD_ADMIN_KEY"), home=self._home, patience=0) as client:
@@ -176,10 +177,7 @@ class Stack:
                 ]
                 return bool(ours) and bool(client.recipes.list()["data"])
         except Misplaced as error:
-            # The API writes the first key before it answers for the first time.
-            if answers(url):
-                raise StackError(f"The database has keys, but none is in this home. {error}") from None
-            return False
+            raise StackError(f"The database has keys, but none is in this home. {error}") from None
         except ClientError:
             return False
 

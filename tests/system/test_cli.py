@@ -25,7 +25,7 @@ FINE_TUNING = {
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Run one stack for this module, with the digits in it."""
-    with running(tmp_path_factory.mktemp("stack") / "home", TUNEYARD_THREADS="1") as up:
+    with running(tmp_path_factory.mktemp("stack") / "home") as up:
         done = call(up, "datasets", "push", "--builtin", "digits", "--json")
         assert json.loads(done.stdout)["status"] == "ready"
         yield up

@@ -19,7 +19,14 @@ TUNEYARD = [sys.executable, "-m", "app.cli"]
 def environment(home: Path) -> dict[str, str]:
     """Give a clean environment: nothing of the developer's own settings, nothing written elsewhere."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNEYARD_")}
-    return kept | {"TUNEYARD_HOME": str(home), "COLUMNS": "200", "TUNEYARD_DRAIN_SECONDS": "5"}
+    # One thread: two of them on a machine that also runs other tests wait for each other most of the time.
+    return kept | {
+        "TUNEYARD_HOME": str(home),
+        "COLUMNS": "200",
+        "TUNEYARD_DRAIN_SECONDS": "5",
+        "TUNEYARD_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 class Up:
