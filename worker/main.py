@@ -29,6 +29,7 @@ from app.store import recipes, sweeps, workers
 from app.store.blobs import open_blobs
 from app.store.ids import new_id
 from app.store.session import make_engine, transaction
+from worker import health
 from worker.lease import is_outage
 from worker.run import Host, Source, work
 from worker.slots import Slots, cores, find_gpus
@@ -42,6 +43,7 @@ log = structlog.get_logger(__name__)
 
 SPARE_THREADS = 2  # of the pool: so that a hint which finds no slot is dropped at once instead of waiting for a day
 TIDY_SECONDS = 600.0
+SIGN_SECONDS = 10.0
 LAST_WORDS_SECONDS = 15.0  # after the drain, to store and commit; then the process ends, whatever hangs
 WATCHED_LIBRARIES = ("tuneyard", "torch", "torchvision", "celery", "pyarrow")
 
@@ -58,6 +60,7 @@ class Idle:
         self._failing: dict[str, str] = {}
         settings = host.settings
         self._duties: list[tuple[str, float, Callable[[], None]]] = [
+            ("alive", SIGN_SECONDS, lambda: health.show(settings.home_path)),
             ("beat", settings.heartbeat_seconds, self._beat),
             ("poll", settings.poll_seconds, self._poll),
             ("sweep", settings.sweep_seconds, self._sweep),

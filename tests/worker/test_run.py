@@ -464,6 +464,16 @@ def test_without_a_free_slot_nothing_is_claimed(host: Host) -> None:
     assert work(host, "message", internal=False) == 1
 
 
+def test_an_internal_job_does_not_wait_behind_training(host: Host) -> None:
+    training = submit(host.engine, steps=10_000, step_seconds=0.01)
+    with running(host, training):
+        internal = submit(host.engine, steps=1, columns={"recipe": "measure", "kind": "internal", "internal": True})
+        assert work(host, "poll", internal=False) == 0  # the training slot is taken
+        assert work(host, "message", internal=True) == 1
+        assert job_of(host.engine, internal).status == Status.SUCCEEDED
+        set_job(host.engine, training, wanted="cancel")
+
+
 def test_heartbeats_keep_the_lease_of_a_silent_but_living_run(host: Host) -> None:
     host.settings = host.settings.model_copy(update={"fence_seconds": 1.0, "lease_seconds": 1.5})
     job_id = submit(host.engine, steps=3, step_seconds=1.2)
