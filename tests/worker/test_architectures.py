@@ -41,6 +41,8 @@ def test_every_schema_is_a_schema_and_takes_the_bare_name(name):
     [
         ({"architecture": "resnet18", "weights": "IMAGENET1K_V1"}, True),
         ({"architecture": "resnet18", "weights": "ResNet18_Weights.IMAGENET1K_V1"}, True),
+        ({"architecture": "resnet18", "weights": "DEFAULT"}, True),
+        ({"architecture": "small_cnn", "weights": "DEFAULT"}, False),
         ({"architecture": "resnet18", "weights": "ResNet50_Weights.IMAGENET1K_V1"}, False),
         ({"architecture": "densenet121", "image_size": 8}, False),
         ({"architecture": "densenet121", "image_size": 8, "stem": "small"}, True),

@@ -25,6 +25,7 @@ _FILE = Path(__file__).with_suffix(".json")
 _LARGEST = 1024
 _PATCHES = (2, 4, 8, 16)
 _DEEPEST = 48
+_DEFAULT = ("DEFAULT",)  # torchvision's own name for the best it has
 _HEADS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -147,7 +148,7 @@ def _schema(name: str, measured: dict[str, Any]) -> dict[str, Any]:
     properties: dict[str, Any] = {
         "architecture": {"const": name},
         "weights": {
-            "enum": [None, *published, *(f"{enum}.{entry}" for entry in published)],
+            "enum": [None, *published, *(f"{enum}.{entry}" for entry in published), *_DEFAULT[: len(published)]],
             "default": None,
             "description": "Published weights to start from; null is a random start.",
         },
