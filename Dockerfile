@@ -16,16 +16,18 @@ RUN python -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv==0.13.9
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_NO_CACHE=1 VIRTUAL_ENV=/opt/tuneyard
 WORKDIR /srv/tuneyard
 COPY pyproject.toml requirements.lock README.md LICENSE ./
-RUN /opt/uv/bin/uv venv --python "$(command -v python)" /opt/tuneyard && mkdir app worker migrations
+RUN /opt/uv/bin/uv venv --python "$(command -v python)" /opt/tuneyard
 
 # The lock file is used as constraints, so each image gets only its own extras, at the locked versions and hashes. The
 # project itself is installed as a pointer to /srv/tuneyard: a change of our code makes a small layer, not a new 6 GB.
 FROM build AS build-app
-RUN /opt/uv/bin/uv pip install --require-hashes -r pyproject.toml -c requirements.lock \
+RUN /opt/uv/bin/uv pip install --require-hashes -r pyproject.toml -c requirements.lock
+RUN mkdir app worker migrations && touch app/__init__.py worker/__init__.py migrations/__init__.py \
     && /opt/uv/bin/uv pip install --no-deps --editable .
 
 FROM build AS build-worker
-RUN /opt/uv/bin/uv pip install --require-hashes -r pyproject.toml --extra worker -c requirements.lock \
+RUN /opt/uv/bin/uv pip install --require-hashes -r pyproject.toml --extra worker -c requirements.lock
+RUN mkdir app worker migrations && touch app/__init__.py worker/__init__.py migrations/__init__.py \
     && /opt/uv/bin/uv pip install --no-deps --editable .
 
 FROM base AS source

@@ -267,21 +267,10 @@ def _end(host: Host, idle: Idle, publisher: Publisher, code: int) -> int:
     return code
 
 
-def healthy(settings: Settings) -> bool:
-    """Say whether a worker of this host was heard within three heartbeats; the health check of a container."""
-    engine = make_engine(settings.database, pool_size=1)
-    with transaction(engine, read_only=True) as session:
-        ages = [age for worker, age in workers.every(session) if worker.host == socket.gethostname()]
-    return bool(ages) and min(ages) < 3 * settings.heartbeat_seconds
-
-
-def main(arguments: Sequence[str] = ()) -> int:
-    """Read the settings from the environment and run a worker; with `--healthy`, only say how it is (0 is well)."""
-    settings = Settings()  # pyright: ignore[reportCallIssue]
-    if list(arguments) == ["--healthy"]:
-        return 0 if healthy(settings) else 1
-    return serve(settings)
+def main() -> int:
+    """Read the settings from the environment and run a worker."""
+    return serve(Settings())  # pyright: ignore[reportCallIssue]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
