@@ -13,6 +13,8 @@ from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import PROBE_ROWS, Plan
 from worker.recipe import Progress
 
+Tick = Callable[[int, int], None]  # is told how many rows of how many are done
+
 # Under these a representation tells its samples hardly apart: RankMe is 1 and the spread 0 for one single point.
 RANK_FLOOR = 1.2
 SPREAD_FLOOR = 0.02
@@ -30,7 +32,9 @@ def evaluating(module: nn.Module, plan: Plan, device: torch.device) -> Iterator[
         module.train(was_training)
 
 
-def outputs(module: nn.Module, source: Source, data: Data, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+def outputs(
+    module: nn.Module, source: Source, data: Data, plan: Plan, device: torch.device, tick: Tick
+) -> dict[str, Tensor]:
     """Run an objective's `evaluate` over a source: its per-sample tensors, and "label", on the CPU.
 
     An objective without one gives the loss of its forward pass on inputs drawn as in training, the same every time.
@@ -50,6 +54,7 @@ def outputs(module: nn.Module, source: Source, data: Data, plan: Plan, device: t
                 found = evaluate(compute.laid_out(data.ready(batch, device), plan))
             for name, value in {**found, "label": batch["label"]}.items():
                 collected.setdefault(name, []).append(value.detach().cpu())
+            tick(len(collected["label"]) * len(rows), len(source))
     return {name: torch.cat(values) for name, values in collected.items()}
 
 
@@ -70,23 +75,24 @@ def details(found: dict[str, Tensor], classes: tuple[str, ...]) -> dict[str, Any
     return metrics.per_class(found["logits"], found["label"], classes)
 
 
-def features(backbone: nn.Module, source: Source, data: Data, plan: Plan, device: torch.device) -> Tensor:
+def features(backbone: nn.Module, source: Source, data: Data, plan: Plan, device: torch.device, tick: Tick) -> Tensor:
     """Give the backbone's features of every row, without augmentation: float32 [rows, d] on the device."""
     made: list[Tensor] = []
     with evaluating(backbone, plan, device):
         for _, batch in ahead(source, in_order(source, 256)):
             ready = compute.laid_out(data.ready({"image": batch["image"]}, device), plan)
             made.append(backbone(ready["image"]).float().flatten(1))
+            tick(len(made) * 256, len(source))
     return torch.cat(made)
 
 
-def probe(backbone: nn.Module, data: Data, plan: Plan, device: torch.device) -> dict[str, float]:
+def probe(backbone: nn.Module, data: Data, plan: Plan, device: torch.device, tick: Tick) -> dict[str, float]:
     """Look at the features of some training rows: rank, spread, and what k-NN and a linear layer read from them.
 
     Four fifths of the labelled rows teach the two classifiers, the others are asked; the test split is not touched.
     """
     assert data.probe is not None
-    found = features(backbone, data.probe, data, plan, device)
+    found = features(backbone, data.probe, data, plan, device, tick)
     numbers = {
         "effective_rank": metrics.effective_rank(found),
         "feature_spread": metrics.feature_spread(found),

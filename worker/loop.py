@@ -28,6 +28,7 @@ from worker.parts.window import Window
 from worker.recipe import Batch, Progress
 from worker.report import Metrics, Outcome, Reporter, Wish
 from worker.state import State, pack, unpack
+from worker.ticker import Ticker
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ def train(
             epoch = state.step // plan.steps_per_epoch
             checkpoints.save(contents, step=state.step, epoch=epoch, metrics=state.metrics, best=is_best)
 
+    def ticker(phase: str) -> Ticker:
+        return Ticker(report, phase, fraction=state.step / plan.steps)
+
     def tell(numbers: Mapping[str, float]) -> None:
         if not numbers:
             return
@@ -101,7 +105,8 @@ def train(
         if position == 0 and hasattr(module, "before_epoch"):
             reseed(derive(training.seed, "epoch", epoch), device)
             stale = objective.before_epoch(
-                lambda: evaluate.features(objective.backbone, data.train, data, plan, device), _progress(state, plan)
+                lambda: evaluate.features(objective.backbone, data.train, data, plan, device, ticker("features")),
+                _progress(state, plan),
             )
             optimizer.reset(stale or ())
         order = _order(module, data, training.seed, epoch)
@@ -148,7 +153,7 @@ def train(
                 report.send(clock.shown(state.step))
             if epoch_over:
                 with average.in_place() if average is not None else contextlib.nullcontext():
-                    numbers = _look(module, data, plan, device, epoch)
+                    numbers = _look(module, data, plan, device, epoch, ticker("validate"))
                     tell(numbers)
                     if _judge(numbers, state, training, kind):
                         best_weights.update({key: value.clone() for key, value in module.state_dict().items()})
@@ -221,15 +226,17 @@ def _micro_batches(batch: Batch, size: int, plan: Plan) -> Iterator[Batch]:
         yield {key: value[rows] for key, value in batch.items()}
 
 
-def _look(module: nn.Module, data: Data, plan: Plan, device: torch.device, epoch: int) -> dict[str, float]:
+def _look(
+    module: nn.Module, data: Data, plan: Plan, device: torch.device, epoch: int, tick: Ticker
+) -> dict[str, float]:
     """Measure at the end of an epoch: the validation split, and now and then the features."""
     numbers: dict[str, float] = {}
     if data.validation is not None:
-        found = evaluate.measure(evaluate.outputs(module, data.validation, data, plan, device))
+        found = evaluate.measure(evaluate.outputs(module, data.validation, data, plan, device, tick))
         numbers |= {f"validation/{name}": value for name, value in found.items()}
     due = plan.probe_every and ((epoch + 1) % plan.probe_every == 0 or epoch + 1 == plan.epochs)
     if due and data.probe is not None:
-        found = evaluate.probe(cast(Any, module).backbone, data, plan, device)
+        found = evaluate.probe(cast(Any, module).backbone, data, plan, device, tick)
         numbers |= {f"probe/{name}": value for name, value in found.items()}
     return numbers
 

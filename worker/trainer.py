@@ -30,6 +30,7 @@ from worker.parts.export import Card, export
 from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
 from worker.report import Failed, Finished, MadeFile, MadeModel, Message, Metrics, Order, Reporter
+from worker.ticker import Ticker
 
 TRACE_LINES = 30
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -130,7 +131,14 @@ def _finish(made: Assembly, result: Result, order: Order, reporter: Reporter) ->
     for split, source in (("validation", made.data.validation), ("test", made.data.test)):
         if source is None or (split == "validation" and made.recipe.kind == "pretrain"):
             continue
-        found = evaluate.outputs(made.objective, source, made.data, made.plan, made.device)
+        found = evaluate.outputs(
+            made.objective,
+            source,
+            made.data,
+            made.plan,
+            made.device,
+            Ticker(reporter, f"evaluate {split}", fraction=1.0),
+        )
         numbers = {f"{split}/{name}": value for name, value in evaluate.measure(found).items()}
         metrics |= numbers
         details[split] = evaluate.details(found, made.info.classes)

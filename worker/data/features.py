@@ -15,7 +15,8 @@ from worker.parts import compute
 from worker.parts.seed import generator
 from worker.parts.tuning import Plan
 from worker.recipe import Batch
-from worker.report import Progress, Reporter
+from worker.report import Reporter
+from worker.ticker import Ticker
 
 VIEWS = 4  # fixed views of each sample where inputs are augmented: more passes would cost more than they bring
 BATCH = 256
@@ -66,6 +67,7 @@ def cache_prefix(
         return prefix(ready["image"]).to(torch.bfloat16).cpu()
 
     prefix.eval()
+    tick = Ticker(reporter, "features")
     with torch.inference_mode(), compute.autocast(plan, device):
         shape = forward(source.batch(torch.zeros(1, dtype=torch.int64)), 0, 0).shape[1:]
         rows = len(source)
@@ -86,9 +88,7 @@ def cache_prefix(
                     made = forward(batch, view, start)
                     values[view, start : start + len(batch_rows)] = made.view(torch.int16)
                     start += len(batch_rows)
-                    reporter.send(
-                        Progress(phase="features", fraction=0.0, step=view * rows + start, steps=views * rows)
-                    )
+                    tick(view * rows + start, views * rows)
 
         folder = shelf.get(name, needed, make)
     stored = np.memmap(folder / "values", np.int16, "c", shape=(views, rows, *shape))

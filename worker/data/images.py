@@ -7,7 +7,6 @@ in a model card repeat it bit for bit. Nothing is cut off: what lies at the edge
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,8 @@ from app.domain.errors import DataFault
 from worker.data.shelf import Shelf
 from worker.parts.decode import Undecodable, decode
 from worker.recipe import Batch
-from worker.report import Progress, Reporter
+from worker.report import Reporter
+from worker.ticker import Ticker
 
 POLICY = "square-1"  # part of every cache key; changes with what `fit` does
 CHUNK = 256
@@ -153,10 +153,12 @@ def open_images(
     shelf = Shelf(cache / "images", cache_bytes)
     made = False
 
+    tick = Ticker(reporter, f"decode {split}")
+
     def make(folder: Path) -> None:
         nonlocal made
         made = True
-        _decode_all(Encoded(facts, split), folder, channels, image_size, threads, _teller(reporter, split, rows))
+        _decode_all(Encoded(facts, split), folder, channels, image_size, threads, tick)
 
     if not shelf.has_room(key, needed):
         reporter.event(
@@ -165,7 +167,7 @@ def open_images(
             "decoded while training.", split=split, bytes=needed,
         )  # fmt: skip
         return _stream(facts, split, first, channels, image_size, threads, key)
-    folder = shelf.get(key, needed, make, waiting=_teller(reporter, split, rows))
+    folder = shelf.get(key, needed, make, waiting=tick)
     code, text = ("data.decoded", "Decoded") if made else ("data.cached", "Found decoded before:")
     reporter.event(code, f"{text} {rows} {split} images at {image_size} pixels.", split=split, rows=rows, bytes=needed)
     return _mapped(folder, rows, channels, image_size, first, key)
@@ -187,9 +189,7 @@ def _mapped(folder: Path, rows: int, channels: int, size: int, first: int, key: 
     )
 
 
-def _decode_all(
-    encoded: Encoded, folder: Path, channels: int, size: int, threads: int, tell: Callable[..., None]
-) -> None:
+def _decode_all(encoded: Encoded, folder: Path, channels: int, size: int, threads: int, tick: Ticker) -> None:
     rows = len(encoded)
     path = folder / "pixels"
     with path.open("wb") as file:
@@ -209,7 +209,7 @@ def _decode_all(
     with _pool(threads) as pool:
         for number, (sums, squared) in enumerate(pool.map(chunk, range(0, rows, CHUNK))):
             total, squares = total + sums, squares + squared
-            tell(min((number + 1) * CHUNK, rows))
+            tick(min((number + 1) * CHUNK, rows), rows)
     encoded.labels.numpy().tofile(folder / "labels")
     mean, std = _normalisation(total, squares, rows * size * size)
     (folder / "about.json").write_text(json.dumps({"mean": mean, "std": std}))
@@ -246,13 +246,6 @@ def _normalisation(total: Tensor, squares: Tensor, count: int) -> tuple[list[flo
 
 def _rounded(values: Tensor) -> list[float]:
     return [round(float(value), 6) for value in values]
-
-
-def _teller(reporter: Reporter, split: str, rows: int) -> Callable[..., None]:
-    def tell(done: int = 0) -> None:
-        reporter.send(Progress(phase=f"decode {split}", fraction=0.0, step=done, steps=rows))
-
-    return tell
 
 
 def native_size(facts: DatasetFacts) -> int:
