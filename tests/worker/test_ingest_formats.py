@@ -240,6 +240,16 @@ def test_a_pickle_that_is_more_than_data_is_refused_and_never_run(name: str, tmp
     assert not canary.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [("os.system", "posix.system"), ("os.system, protocol 4", "posix.system"), ("eval", "__builtin__.eval"),
+     ("Popen", "commands.Popen"), ("numpy's own loader", "numpy.load")],
+)  # fmt: skip
+def test_the_refusal_says_which_code_was_called_for(name: str, called: str) -> None:
+    with pytest.raises(DataFault, match=f"it calls for '{called}', which is code"):
+        pickles.load(memoryview(evil_pickles(Path("canary"))[name]), "data_batch_1")
+
+
 @pytest.mark.parametrize("name", ["os.system", "eval", "cut short", "an array of objects"])
 def test_an_archive_with_such_a_pickle_fails_by_name(name: str, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
