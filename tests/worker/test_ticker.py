@@ -17,8 +17,8 @@ def test_at_most_one_message_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     tick = Ticker(heard.reporter, "decode", fraction=0.25)
     for done in range(100):
         tick(done, 100)
-        now[0] += 0.1
+        now[0] += 0.125
     told = heard.of(Progress)
-    assert len(told) == 9
+    assert len(told) == 12
     assert {(message.phase, message.fraction, message.steps) for message in told} == {("decode", 0.25, 100)}
-    assert told[0].step == 10
+    assert told[0].step == 8

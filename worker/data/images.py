@@ -9,6 +9,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def open_images(
     shelf = Shelf(cache / "images", cache_bytes)
     made = False
 
-    tick = Ticker(reporter, f"decode {split}")
+    tick, waits = Ticker(reporter, f"decode {split}"), count(1)
 
     def make(folder: Path) -> None:
         nonlocal made
@@ -167,7 +168,7 @@ def open_images(
             "decoded while training.", split=split, bytes=needed,
         )  # fmt: skip
         return _stream(facts, split, first, channels, image_size, threads, key)
-    folder = shelf.get(key, needed, make, waiting=tick)
+    folder = shelf.get(key, needed, make, waiting=lambda: tick(next(waits)))
     code, text = ("data.decoded", "Decoded") if made else ("data.cached", "Found decoded before:")
     reporter.event(code, f"{text} {rows} {split} images at {image_size} pixels.", split=split, rows=rows, bytes=needed)
     return _mapped(folder, rows, channels, image_size, first, key)
