@@ -8,10 +8,10 @@ from pydantic import BaseModel
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import multipart
 from app.deps import BlobsDep, DatabaseDep, IdempotencyKey, SettingsDep, WriteDep
-from app.envelope import Object
-from app.idempotency import Once, fingerprint, reserved
+from app.http import multipart
+from app.http.envelope import Object
+from app.http.idempotency import Once, fingerprint, reserved
 from app.store import tables, uploads
 
 Asked = TypeVar("Asked", bound=BaseModel)

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from app.database import Database
 from app.domain.errors import Detail, Forbidden, Invalid, Unauthenticated
-from app.idempotency import Once
-from app.notifier import Notifier
+from app.http.idempotency import Once
+from app.http.notifier import Notifier
 from app.settings import Settings
 from app.store import keys, owned, tables
 from app.store.blobs import Blobs

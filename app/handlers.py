@@ -27,7 +27,7 @@ from app.domain.errors import (
     UnsupportedMedia,
 )
 from app.domain.pointers import pointer, sent_pointer
-from app.idempotency import Replayed
+from app.http.idempotency import Replayed
 
 log = structlog.get_logger(__name__)
 

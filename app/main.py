@@ -15,10 +15,10 @@ from app import handlers, log, routes
 from app.bootstrap import ensure_first_key
 from app.broker import Publisher
 from app.database import Database
-from app.envelope import ERRORS
+from app.http.envelope import ERRORS
+from app.http.notifier import Notifier
+from app.http.prometheus import Exposition
 from app.middleware import Surroundings
-from app.notifier import Notifier
-from app.prometheus import Exposition
 from app.settings import Settings
 from app.store.blobs import open_blobs
 from app.store.session import make_engine

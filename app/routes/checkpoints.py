@@ -7,8 +7,8 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from app.deps import BlobsDep, ReadDep, SessionDep
-from app.download import BYTES, stored
-from app.envelope import Listing, Object, as_time, describe_errors, listing
+from app.http.download import BYTES, stored
+from app.http.envelope import Listing, Object, as_time, describe_errors, listing
 from app.store import checkpoints, jobs
 
 router = APIRouter(tags=["checkpoints"])

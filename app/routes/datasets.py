@@ -26,7 +26,7 @@ from app.deps import (
 from app.domain.datasets import Builtin, DatasetTask, OnError
 from app.domain.errors import Detail, Invalid, UnsupportedMedia
 from app.domain.spec import Metadata, Name, Strict
-from app.envelope import Deleted, FailureOut, Listing, Object, as_time, listing
+from app.http.envelope import Deleted, FailureOut, Listing, Object, as_time, listing
 from app.store import datasets, owned, tables, uploads
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.deps import DatabaseDep, NotifierDep, ReadDep
 from app.domain.errors import Detail, Invalid
-from app.envelope import Listing, Object, as_time, listing
+from app.http.envelope import Listing, Object, as_time, listing
 from app.store import events, jobs, tables
 
 router = APIRouter(tags=["events"])

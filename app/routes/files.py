@@ -6,8 +6,8 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from app.deps import BlobsDep, ReadDep, SessionDep
-from app.download import BYTES, stored
-from app.envelope import FileOut, Listing, describe_errors
+from app.http.download import BYTES, stored
+from app.http.envelope import FileOut, Listing, describe_errors
 from app.store import jobs
 
 router = APIRouter(tags=["files"])

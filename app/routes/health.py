@@ -11,8 +11,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import Engine
 
 from app.deps import DatabaseDep, NotifierDep, SettingsDep, operator_unless_local
-from app.envelope import Out
-from app.prometheus import Exposition
+from app.http.envelope import Out
+from app.http.prometheus import Exposition
 from app.settings import Settings
 
 router = APIRouter(tags=["health"])

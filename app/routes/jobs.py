@@ -27,7 +27,7 @@ from app.deps import (
 from app.domain.errors import Conflict
 from app.domain.jobs import TERMINAL, Kind, Status, Verb, Wanted
 from app.domain.spec import Spec, Strict
-from app.envelope import Deleted, FailureOut, FileOut, Listing, Object, Out, as_time, as_time_or_null, listing
+from app.http.envelope import Deleted, FailureOut, FileOut, Listing, Object, Out, as_time, as_time_or_null, listing
 from app.settings import Settings
 from app.store import checkpoints, jobs, submit, tables
 

@@ -9,8 +9,8 @@ from pydantic import AwareDatetime, ConfigDict, Field
 from app.deps import AdminDep, OnceDep, PageDep, PrincipalDep, SessionDep
 from app.domain.errors import Forbidden
 from app.domain.spec import Name, Strict
-from app.envelope import Deleted, Listing, Object, as_time, as_time_or_null, listing
-from app.idempotency import Replayed
+from app.http.envelope import Deleted, Listing, Object, as_time, as_time_or_null, listing
+from app.http.idempotency import Replayed
 from app.store import keys, projects, tables
 from app.store.ids import new_id
 from app.store.keys import Principal, Scope

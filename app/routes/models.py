@@ -11,7 +11,6 @@ from pydantic import ConfigDict
 from sqlalchemy.orm import Session
 from starlette.responses import StreamingResponse
 
-from app import imports, zips
 from app.creation import CreationDep
 from app.deps import (
     BlobsDep,
@@ -27,9 +26,10 @@ from app.deps import (
 )
 from app.domain.errors import Unavailable, UnsupportedMedia
 from app.domain.spec import Architecture, Name, Strict
-from app.download import BYTES, stored
-from app.envelope import Deleted, FailureOut, FileOut, Listing, Object, Out, as_time, describe_errors, listing
-from app.imports import Description, Tags
+from app.http import imports, zips
+from app.http.download import BYTES, stored
+from app.http.envelope import Deleted, FailureOut, FileOut, Listing, Object, Out, as_time, describe_errors, listing
+from app.http.imports import Description, Tags
 from app.store import models, recipes, tables
 from app.store.blobs import MissingBlob
 

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 from app.deps import OnceDep, OperatorDep, PageDep, SessionDep
 from app.domain.errors import Conflict
 from app.domain.spec import Name, Strict
-from app.envelope import Deleted, Listing, Object, as_time, listing
+from app.http.envelope import Deleted, Listing, Object, as_time, listing
 from app.store import projects, tables
 
 router = APIRouter(prefix="/v1/projects", tags=["projects"])

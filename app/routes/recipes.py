@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 from app.deps import ReadDep, SessionDep
 from app.domain.errors import NotFound
 from app.domain.recipes import unknown
-from app.envelope import Listing, Out
+from app.http.envelope import Listing, Out
 from app.store import recipes, tables
 
 router = APIRouter(tags=["recipes"])

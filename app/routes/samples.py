@@ -12,7 +12,7 @@ from app.database import Database
 from app.deps import BlobsDep, DatabaseDep, ReadDep, SettingsDep
 from app.domain.datasets import DatasetStatus, Split
 from app.domain.errors import Conflict, Detail, Invalid
-from app.envelope import Out
+from app.http.envelope import Out
 from app.settings import Settings
 from app.store import cache, datasets, owned, samples, tables
 from app.store.blobs import Blobs

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.deps import COOKIE, SESSION_HEADER, PrincipalDep, SessionDep, SettingsDep
 from app.domain.errors import NotFound, Unauthenticated
-from app.envelope import Deleted, Object, as_time
+from app.http.envelope import Deleted, Object, as_time
 from app.store import keys
 from app.store.keys import Scope
 

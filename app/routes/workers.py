@@ -6,7 +6,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 
 from app.deps import ReadDep, SessionDep, SettingsDep
-from app.envelope import Listing, Object, as_time, listing
+from app.http.envelope import Listing, Object, as_time, listing
 from app.store import workers
 
 router = APIRouter(tags=["workers"])

@@ -10,7 +10,7 @@ from sqlalchemy import event as sqlalchemy_event
 
 from app.domain.errors import TooManyRequests
 from app.domain.jobs import Actor, Status
-from app.notifier import Notifier
+from app.http.notifier import Notifier
 from app.store import events, life, tables
 from app.store.session import transaction
 from tests import factories

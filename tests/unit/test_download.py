@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 
-from app.download import asked_range
+from app.http.download import asked_range
 
 pytestmark = pytest.mark.unit
 

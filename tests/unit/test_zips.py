@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from app import zips
+from app.http import zips
 
 pytestmark = pytest.mark.unit
 MADE_AT = 1_800_000_000.0

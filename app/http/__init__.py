@@ -1,0 +1,1 @@
+"""The manners of HTTP, the same on every route: bodies, keys against repeats, uploads, downloads, waits."""
