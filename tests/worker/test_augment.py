@@ -142,3 +142,21 @@ def test_mixing_keeps_the_sum_of_the_targets() -> None:
         torch.testing.assert_close(mixed["target"].sum(1), torch.ones(64))
         assert not torch.equal(mixed["image"], batch["image"])
     assert policy.mix(batch, torch.Generator(), mixup=0, cutmix=0, classes=5) is batch
+
+
+def test_every_sample_is_mirrored_or_not_by_its_own_draw() -> None:
+    slope = torch.arange(16, dtype=torch.float32).expand(64, 1, 16, 16) / 16
+    for view in (policy.View(16, crop_padding=1, flip=0.5), policy.View(16, flip=0.5)):
+        seen = view(slope, torch.Generator().manual_seed(2))
+        mirrored = seen[:, 0, 8, 3] > seen[:, 0, 8, 12]
+        assert 20 < mirrored.sum() < 44
+
+
+def test_a_resized_crop_keeps_the_share_it_was_asked_for() -> None:
+    view = policy.View(32, crop_scale=(0.25, 0.5))
+    _, _, tall, wide = view._boxes(4000, 32, 32, torch.Generator().manual_seed(0))
+    area = tall * wide / 32**2
+    assert area.min() > 0.2
+    assert area.max() < 0.55
+    assert area.mean().item() == pytest.approx(0.375, abs=0.01)
+    assert (wide / tall).log().mean().abs() < 0.02

@@ -217,7 +217,7 @@ def test_the_reported_losses_are_means_over_their_window(tmp_path: Path) -> None
     assert losses == [(2, 0.5), (3, 2.0)], "a window of two steps, and the rest at the end of the epoch"
 
 
-@pytest.mark.parametrize("bad_step", [1, 2, 5])
+@pytest.mark.parametrize("bad_step", [1, 2, 3, 5])  # last of a window, of an epoch; first of a window
 def test_a_loss_that_is_not_finite_names_step_rate_and_samples(bad_step: int, tmp_path: Path) -> None:
     seen: list[Tensor] = []
 
@@ -539,3 +539,49 @@ def test_a_checkpoint_of_another_network_does_not_fit(tmp_path: Path) -> None:
     _, heard = train(Recording(), training, tmp_path)
     with pytest.raises(SystemFault, match="does not fit"):
         train(Small(), training, tmp_path / "other", newest=tmp_path / heard.of(Saved)[-1].file)
+
+
+class Sloped(nn.Module):
+    """The gradient of its one weight is always 3, so a step says what the optimiser was told."""
+
+    couples_batch = False
+
+    def __init__(self, scales: dict[str, float]) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.backbone.weight)
+        self.scales = scales
+
+    def at_step(self, progress: Progress) -> dict[str, float]:
+        return self.scales
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        return {"loss": 3 * self.backbone.weight.sum()}
+
+
+@pytest.mark.parametrize(
+    ("scales", "given", "step"),
+    [
+        ({}, {}, 0.1 * 3),
+        ({"learning_rate": 0.5}, {}, 0.05 * 3),
+        ({"learning_rate": 0.0}, {}, 0.0),
+        ({}, {"gradient_clip": 0.2}, 0.1 * 0.2),
+        ({}, {"gradient_clip": 50.0}, 0.1 * 3),
+        ({}, {"weight_decay": 0.4}, 0.1 * (3 + 0.4)),
+        ({"weight_decay": 0.25}, {"weight_decay": 0.4}, 0.1 * (3 + 0.1)),
+    ],
+)
+def test_a_step_is_rate_times_clipped_gradient_and_decay(
+    scales: dict[str, float], given: dict[str, Any], step: float, tmp_path: Path
+) -> None:
+    optimizer = Optimizer(name="sgd", momentum=0.0)
+    asked = {"weight_decay": 0.0, **given}
+    training = Training(
+        epochs=1, batch_size=12, optimizer=optimizer, schedule="constant", warmup_fraction=0, **asked
+    )  # fmt: skip
+    module = Sloped(scales)
+    made = plan(training, optimizer=optimizer.model_dump(), learning_rate=0.1)
+    _, heard = train(module, training, tmp_path, made=made, with_data=data(Rows()))
+    assert 1 - module.backbone.weight.item() == pytest.approx(step, rel=1e-4, abs=1e-7)
+    rates = [value for name, _, value in heard.metrics() if name == "train/learning_rate"]
+    assert rates == [pytest.approx(0.1 * scales.get("learning_rate", 1.0))]
