@@ -56,13 +56,10 @@ def test_views_take_turns_from_epoch_to_epoch(made: Assembly, tmp_path: Path) ->
 
 
 def test_the_key_tells_apart_what_differs(made: Assembly, tmp_path: Path) -> None:
-    for given in (
-        {},
-        {},
-        {"key": "other"},
-        {"views": 2, "augmented": True},
-        {"views": 2, "augmented": True, "seed": 1},
-    ):
+    variants: list[dict[str, Any]] = [
+        {}, {}, {"key": "other"}, {"views": 2, "augmented": True}, {"views": 2, "augmented": True, "seed": 1},
+    ]  # fmt: skip
+    for given in variants:
         cached(made, tmp_path / "f", **given)
     assert len(list((tmp_path / "f").glob("[!.]*"))) == 4
 
