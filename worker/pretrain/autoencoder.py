@@ -5,7 +5,6 @@ backbone encodes; its features pass a bottleneck, and a small decoder paints the
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,6 +13,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from worker.data.policy import policy
+from worker.parts.decoders import Decoder
 from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
 
 PICTURES = 8
@@ -75,27 +75,6 @@ class Autoencoder(nn.Module):
         # The same pixels in every channel: one channel would give the others away. Zero is the mean of the data.
         kept = torch.rand_like(images[:, :1]) >= noise
         return images * kept
-
-
-class Decoder(nn.Module):
-    """From a code [batch, d] to an image: a small map, doubled and convolved until it is large enough."""
-
-    def __init__(self, code: int, *, channels: int, size: int) -> None:
-        super().__init__()
-        start, doublings = size, 0
-        while start > 4:
-            start, doublings = -(-start // 2), doublings + 1
-        widths = [max(32, 128 >> number) for number in range(doublings + 1)]
-        self._shape, self._size = (widths[0], start, start), size
-        self.first = nn.Linear(code, widths[0] * start * start)
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.GELU(), nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(after)]
-        self.layers = nn.Sequential(*layers, nn.GELU(), nn.Conv2d(widths[-1], channels, 3, padding=1))
-
-    def forward(self, code: Tensor) -> Tensor:
-        return self.layers(self.first(code).unflatten(1, self._shape))[:, :, : self._size, : self._size]
 
 
 def inputs(params: AutoencoderParams, info: Info) -> Callable[[Batch, Generator], Batch] | None:
