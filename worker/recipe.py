@@ -61,6 +61,8 @@ class Info:
     feature_dimension: int  # of the backbone's output, [batch, feature_dimension]
     architecture: Mapping[str, Any]  # its published facts
     class_counts: tuple[int, ...] = ()  # kept training labels by class
+    mean: tuple[float, ...] = (0.0,)  # what the loop normalises with, per channel, of pixels in [0, 1]
+    std: tuple[float, ...] = (1.0,)
     recipe: Callable[[str], "Recipe"] = field(default=lambda name: _no_catalogue(name))
 
 
