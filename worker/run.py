@@ -109,7 +109,8 @@ def claim(host: Host, source: Source, *, internal: bool) -> tuple[Held, tables.J
         with transaction(host.engine) as session:
             found = claims.claim(
                 session, worker=host.worker, source=source, internal=internal, devices=host.slots.devices,
-                gpus_free=free if host.slots.gpus else 0, lease_seconds=host.settings.lease_seconds,
+                gpus_free=free if host.slots.gpus else 0, gpus=len(host.slots.gpus),
+                lease_seconds=host.settings.lease_seconds,
             )  # fmt: skip
         if found is None:
             return None

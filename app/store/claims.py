@@ -18,8 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, true, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select, true, update
+from sqlalchemy.orm import Session, aliased
 
 from app.domain.errors import Failure, UserFault
 from app.domain.jobs import HELD, Actor, Move, Status, Wanted, on_failure, on_finish, on_release
@@ -27,6 +27,8 @@ from app.domain.spec import Spec
 from app.store import checkpoints, events, life, metrics, tables
 from app.store.clock import Now
 from app.store.ids import new_id
+
+RESERVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,14 @@ def claim(
     internal: bool,
     devices: frozenset[str],
     gpus_free: int,
+    gpus: int = 0,
     lease_seconds: float,
 ) -> tuple[Held, tables.Job] | None:
     """Take the best job that this worker can run now: by priority, then by age. None if there is none.
 
     `devices` holds "cpu", "cuda" or both. An internal job runs anywhere; "auto" takes GPUs where the worker has any.
+    A job that needs more GPUs than are free, but no more than the `gpus` of this host, reserves the host once it has
+    waited for RESERVE_SECONDS: smaller ones of no higher priority are left in the queue, so that it is not starved.
     Any number of workers may claim at once, and each gets another job.
     """
     job = session.scalar(
@@ -65,6 +70,7 @@ def claim(
             tables.Job.internal.is_(internal),
             tables.Job.not_before <= Now(),
             true() if internal else _fits(devices, gpus_free),
+            true() if internal else _not_reserved(gpus_free, gpus),
         )
         .order_by(tables.Job.priority.desc(), tables.Job.id)
         .limit(1)
@@ -85,6 +91,17 @@ def _fits(devices: frozenset[str], gpus_free: int) -> ColumnElement[bool]:
         return or_(on_cpu, and_(tables.Job.device.in_(("auto", "cuda")), tables.Job.gpus <= gpus_free))
     # More than one GPU was asked for on purpose: such a job is never quietly run on a CPU.
     return or_(on_cpu, and_(tables.Job.device == "auto", tables.Job.gpus <= 1))
+
+
+def _not_reserved(gpus_free: int, gpus: int) -> ColumnElement[bool]:
+    if gpus <= gpus_free:
+        return true()  # whatever fits this host at all fits it now
+    big = aliased(tables.Job)
+    reserving = exists().where(
+        big.status == Status.QUEUED, big.internal.is_(False), big.device.in_(("auto", "cuda")), big.gpus > gpus_free,
+        big.gpus <= gpus, big.created_at < Now() - RESERVE_SECONDS, big.priority >= tables.Job.priority,
+    )  # fmt: skip
+    return or_(tables.Job.device == "cpu", ~reserving)
 
 
 def heartbeat(session: Session, held: Held, *, lease_seconds: float, progress: tables.Json | None = None) -> Wanted:

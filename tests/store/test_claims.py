@@ -98,14 +98,17 @@ class TestClaim:
     def queue(self, engine: Engine) -> Callable[..., str | None]:
         """Claim from a queue that holds only the given jobs: the others of the database are put away meanwhile."""
 
-        def claim(*jobs: dict[str, Any], devices: frozenset[str] = CPU, gpus_free: int = 0, internal: bool = False):
+        def claim(
+            *jobs: dict[str, Any], devices: frozenset[str] = CPU, gpus_free: int = 0, gpus: int = 0,
+            internal: bool = False,
+        ):  # fmt: skip
             with Session(engine, expire_on_commit=False) as session, session.begin() as outer:
                 session.execute(update(tables.Job).where(tables.Job.status == "queued").values(status="paused"))
                 project = make_project(session)
                 names = {make_job(session, project, **columns).id: columns.get("name") for columns in jobs}
                 found = claims.claim(
                     session, worker="w", source="poll", internal=internal, devices=devices, gpus_free=gpus_free,
-                    lease_seconds=30,
+                    gpus=gpus, lease_seconds=30,
                 )  # fmt: skip
                 outer.rollback()
                 return names[found[0].job_id] if found else None
@@ -149,6 +152,24 @@ class TestClaim:
         assert (queue(job, devices=GPU, gpus_free=1) == "it") is one_gpu_free
         assert (queue(job, devices=GPU, gpus_free=0) == "it") is no_gpu_free
         assert queue({**job, "internal": True, "kind": "internal"}, devices=GPU, internal=True) == "it"
+
+    @pytest.mark.parametrize(
+        ("big", "small", "gpus_free", "taken"),
+        [
+            ({"created_at": 0.0}, {}, 1, None),  # it has waited long enough: the host is kept for it
+            ({}, {}, 1, "small"),  # it has not
+            ({"created_at": 0.0}, {"priority": 1}, 1, "small"),  # what is more urgent still goes first
+            ({"created_at": 0.0}, {"device": "cpu"}, 1, "small"),  # this one takes no GPU from it
+            ({"created_at": 0.0, "gpus": 8}, {}, 1, "small"),  # it will never fit this host
+            ({"created_at": 0.0}, {}, 4, "big"),  # and now it fits
+        ],
+    )
+    def test_a_big_job_is_not_starved_by_small_ones(
+        self, queue: Callable[..., str | None], big: dict[str, Any], small: dict[str, Any], gpus_free: int,
+        taken: str | None,
+    ) -> None:  # fmt: skip
+        jobs = ({"name": "big", "device": "cuda", "gpus": 4, **big}, {"name": "small", "device": "auto", **small})
+        assert queue(*jobs, devices=GPU, gpus_free=gpus_free, gpus=4) == taken
 
     def test_a_claim_takes_a_lease_and_opens_an_attempt(self, engine: Engine, job: tables.Job) -> None:
         with transaction(engine) as session:
