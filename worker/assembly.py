@@ -1,5 +1,6 @@
 """From an order to what the loop trains: recipe, backbone, objective, data and plan, each made once."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -135,6 +136,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
 def start(made: Assembly, order: Order, reporter: Reporter) -> Assembly:
     """Do what comes between the plan and step 0: run a frozen prefix over the data once and keep its output."""
     compute.settle(made.plan)
+    if made.plan.compile:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(order.cache) / "compiled")  # 2.5 s the next time, not 26
     prefix: nn.Module | None = getattr(made.objective, "frozen_prefix", None)
     if not made.plan.prefix_views or prefix is None:
         return made

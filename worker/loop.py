@@ -69,7 +69,8 @@ def train(
         state = unpack(saved, module, optimizer, average, scaler, window, best_weights)
         report.event("train.resumed", f"Going on after step {state.step} of {plan.steps}.", step=state.step)
     if plan.compile:
-        objective.backbone.compile()
+        for compiled in getattr(module, "compiled_parts", [objective.backbone]):
+            compiled.compile()
     module.train()
     clock = Clock(plan, before=state.seconds or 0.0, start=state.step)
     wish: Wish = "run"

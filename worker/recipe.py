@@ -98,6 +98,7 @@ class Objective(Protocol):
                                      with "prefix" [batch, …] in place of "image". None where `inputs` mixes samples
     sample_weights(labels)           [samples] -> [samples] or None: how often each row is drawn, asked for at every
                                      epoch's start; None is each row once per epoch
+    compiled_parts                   modules to compile where the plan says so; without it the backbone alone
     pictures(batch)                  -> {"name": [n, channels, height, width], normalised}: saved as name.png at the end
     """
 

@@ -88,9 +88,9 @@ def test_alone_a_gather_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize("size", [8, 12, 28, 32, 50])
-def test_the_decoder_paints_any_size(size: int) -> None:
-    decoder = autoencoder.Decoder(16, channels=3, size=size)
-    assert decoder(torch.rand(2, 16)).shape == (2, 3, size, size)
+def test_a_decoder_paints_any_size(size: int) -> None:
+    for decoder in (autoencoder.Decoder, autoencoder.FlatDecoder):
+        assert decoder(16, channels=3, size=size)(torch.rand(2, 16)).shape == (2, 3, size, size)
 
 
 def made(noise: float, corruption: str = "mask") -> autoencoder.Autoencoder:

@@ -363,3 +363,22 @@ def test_a_whitening_stem_is_set_from_the_data_and_stands_still(digits: DatasetF
     finished(plain)
     random = load_file(Path(plain.scratch) / "model" / "model.safetensors")["stem.0.weight"]
     assert not torch.equal(random[:half], -random[half : 2 * half]), "a frozen stem is not a whitening one"
+
+
+@pytest.mark.parametrize("params", [{}, {"trainable": "gradual"}])
+def test_compiling_reaches_what_is_called(
+    params: dict[str, Any], digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+
+    def compiling(function: Any, **_: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            compiled.append(function)
+            return function(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    body = sets.spec(params=params, training={"compile": True, "epochs": 1})
+    finished(sets.order(body, digits, tmp_path))
+    assert compiled

@@ -103,6 +103,11 @@ class Classifier(nn.Module):
             return None
         return nn.Sequential(*self._stages[: self.frozen_stages])
 
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The backbone, and its stages, which are called one by one where some of them stand still."""
+        return [self.backbone, *self._stages]  # what is never called is never compiled
+
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
         for stage in self._stages[: self._still]:

@@ -46,7 +46,8 @@ class Autoencoder(nn.Module):
         self.backbone, self._params = backbone, params
         code = params.bottleneck or info.feature_dimension
         self.bottleneck = nn.Linear(info.feature_dimension, code) if params.bottleneck else nn.Identity()
-        self.decoder = Decoder(code, channels=info.channels, size=info.image_size)
+        decoder = FlatDecoder if info.architecture["family"] == "mlp" else Decoder
+        self.decoder = decoder(code, channels=info.channels, size=info.image_size)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002 (the contract's argument)
         clean = batch["image"]
@@ -75,6 +76,18 @@ class Autoencoder(nn.Module):
         # The same pixels in every channel: one channel would give the others away. Zero is the mean of the data.
         kept = torch.rand_like(images[:, :1]) >= noise
         return images * kept
+
+
+class FlatDecoder(nn.Module):
+    """From a code [batch, d] to an image through one hidden layer: as plain as the perceptron that encodes."""
+
+    def __init__(self, code: int, *, channels: int, size: int) -> None:
+        super().__init__()
+        self._shape = (channels, size, size)
+        self.layers = nn.Sequential(nn.Linear(code, 512), nn.GELU(), nn.Linear(512, channels * size * size))
+
+    def forward(self, code: Tensor) -> Tensor:
+        return self.layers(code).unflatten(1, self._shape)
 
 
 def inputs(params: AutoencoderParams, info: Info) -> Callable[[Batch, Generator], Batch] | None:
