@@ -62,7 +62,7 @@ class EarlyStopping(Strict):
 class Training(Strict):
     """How to optimise. `auto` is resolved once, before step 0, and recorded in the plan."""
 
-    preset: Literal["fast"] | None = Field(default=None, description="`fast`: the small_cnn speed recipe.")
+    preset: None = Field(default=None, description="Named settings; this version has none, so only null is taken.")
     epochs: int = Field(default=10, ge=1, le=100_000)
     batch_size: Count | Auto = Field(default="auto", description="Samples per optimiser step, over all devices.")
     accumulate: Count | Auto = Field(default="auto", description="Micro-batches per optimiser step.")
