@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ pytestmark = pytest.mark.system
 
 
 @pytest.fixture
-def real(processes: Stack) -> Stack:
-    """Give the stack with one worker that really trains."""
+def real(processes: Stack) -> Iterator[Stack]:
+    """Give the stack with one worker that really trains, and leave none of these to the tests of the fake one."""
     processes.forget_jobs()
     processes.ensure(workers=0)
     processes.start_worker(REAL, THREADS="1")
-    return processes
+    yield processes
+    processes.ensure(workers=0)
 
 
 def digits(stack: Stack) -> str:
