@@ -112,7 +112,7 @@ def train(
             optimizer.reset(stale or ())
         order = _order(module, data, training.seed, epoch)
 
-        for rows, batch in ahead(data.train, _batches(order, plan, position), epoch):
+        for rows, batch in ahead(data.train, _batches(order, plan, state.step), epoch):
             if halted():
                 break
             progress = _progress(state, plan)
@@ -145,7 +145,7 @@ def train(
 
             if state.step == clock.start + 1:
                 report.event("train.first_step", f"Step {state.step} of {plan.steps} is done.", step=state.step)
-            epoch_over = state.step % plan.steps_per_epoch == 0
+            epoch_over = state.step % plan.steps_per_epoch == 0 or state.step == plan.steps
             if window.full or epoch_over:
                 _refuse_non_finite(window, state, data, module, training, plan)
                 tell({**window.means("train/"), "train/learning_rate": learning_rate})
@@ -213,9 +213,10 @@ def _order(module: nn.Module, data: Data, seed: int, epoch: int) -> Tensor:
     return torch.multinomial(weights.double().cpu(), count, replacement=True, generator=draws)
 
 
-def _batches(order: Tensor, plan: Plan, position: int) -> Iterator[Tensor]:
-    """Cut an epoch's order into batches of one size, from `position` on; the rest comes in another epoch."""
-    for number in range(position, plan.steps_per_epoch):
+def _batches(order: Tensor, plan: Plan, step: int) -> Iterator[Tensor]:
+    """Cut an epoch's order into batches of one size, from `step` on; the rest comes in another epoch."""
+    position = step % plan.steps_per_epoch
+    for number in range(position, min(plan.steps_per_epoch, position + plan.steps - step)):
         yield order[number * plan.batch_size : (number + 1) * plan.batch_size]
 
 

@@ -64,6 +64,7 @@ class Training(Strict):
 
     preset: None = Field(default=None, description="Named settings; this version has none, so only null is taken.")
     epochs: int = Field(default=10, ge=1, le=100_000)
+    steps: Count | None = Field(default=None, description="Optimiser steps of the whole run, in place of `epochs`.")
     batch_size: Count | Auto = Field(default="auto", description="Samples per optimiser step, over all devices.")
     accumulate: Count | Auto = Field(default="auto", description="Micro-batches per optimiser step.")
     learning_rate: Rate | Auto = Field(default="auto", description="Peak learning rate.")

@@ -217,6 +217,18 @@ def test_the_reported_losses_are_means_over_their_window(tmp_path: Path) -> None
     assert losses == [(2, 0.5), (3, 2.0)], "a window of two steps, and the rest at the end of the epoch"
 
 
+@pytest.mark.parametrize(("steps", "looked_at"), [(8, [3, 6, 8]), (2, [2]), (6, [3, 6])])
+def test_a_number_of_steps_cuts_the_last_epoch_and_looks_once_more(
+    steps: int, looked_at: list[int], tmp_path: Path
+) -> None:
+    training = Training(epochs=1, steps=steps, batch_size=4)
+    made = plan(training, steps=steps, epochs=-(-steps // 3))
+    result, heard = train(Small(), training, tmp_path, made=made)
+    assert (result.outcome, result.ended_by, result.step) == ("succeeded", "epochs", steps)
+    assert [step for name, step, _ in heard.metrics() if name == "validation/accuracy"] == looked_at
+    assert [message.step for message in heard.of(Saved)][-1] == steps
+
+
 @pytest.mark.parametrize("bad_step", [1, 2, 3, 5])  # last of a window, of an epoch; first of a window
 def test_a_loss_that_is_not_finite_names_step_rate_and_samples(bad_step: int, tmp_path: Path) -> None:
     seen: list[Tensor] = []

@@ -51,6 +51,13 @@ def test_few_samples_get_small_batches_and_still_several_steps(samples: int, bat
     assert plan.steps_per_epoch == samples // batch
 
 
+def test_steps_take_the_place_of_epochs() -> None:
+    plan = resolve(epochs=3, steps=400)
+    assert (plan.steps, plan.steps_per_epoch, plan.epochs) == (400, 175, 3)
+    assert resolve(steps=7).epochs == 1
+    assert resolve(steps=350).epochs == 2
+
+
 def test_what_was_asked_is_kept_and_said() -> None:
     plan = resolve(batch_size=100, accumulate=4, learning_rate=0.5, precision="float32", memory_format="contiguous")
     assert (plan.batch_size, plan.accumulate, plan.learning_rate) == (100, 4, 0.5)

@@ -160,7 +160,7 @@ def resolve(
             code="accumulate",
         )
     steps_per_epoch = max(1, work.samples // batch)
-    steps = steps_per_epoch * training.epochs
+    steps = training.steps or steps_per_epoch * training.epochs
     in_layers = work.family == "convolutional"
     chosen_precision = choose("precision", training.precision, precision(work, hardware))
     if chosen_precision == "float16" and hardware.device == "cpu":
@@ -185,7 +185,7 @@ def resolve(
         accumulate=accumulate,
         learning_rate=choose("learning_rate", training.learning_rate, learning_rate(work, optimizer, batch)),
         optimizer=optimizer.model_dump(mode="json"),
-        epochs=training.epochs,
+        epochs=math.ceil(steps / steps_per_epoch),  # the last one may be cut short
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         samples=work.samples,
