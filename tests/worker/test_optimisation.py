@@ -141,6 +141,25 @@ def test_reset_forgets_the_state_of_some_parameters() -> None:
     assert len(optimizer.state()) == before - 1 - 3, "Muon's one tensor and AdamW's three"
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+def test_a_layer_that_thaws_later_is_a_beginner_beside_the_others(name: str) -> None:
+    """Gradual unfreezing gives a group whose members have state and others that have none."""
+    together = nn.ParameterDict({each: nn.Parameter(torch.ones(4, 4)) for each in ("early", "late")})
+    optimizer = optim.build(optim.groups(together), Optimizer.model_validate({"name": name}))
+    single = nn.ParameterDict({"late": nn.Parameter(torch.ones(4, 4))})
+    other = optim.build(optim.groups(single), Optimizer.model_validate({"name": name}))
+    for step in range(4):
+        optimizer.schedule(0.1, 0.0)
+        together["early"].grad = torch.eye(4) + step
+        if step > 1:
+            other.schedule(0.1, 0.0)
+            together["late"].grad = single["late"].grad = torch.eye(4) * step + 0.1
+            other.step()
+        optimizer.step()
+    assert torch.equal(together["late"], single["late"])
+    assert not torch.equal(together["late"], torch.ones(4, 4))
+
+
 def test_an_average_follows_the_formula_and_swaps_in_and_out() -> None:
     network = nn.Linear(1, 1, bias=False)
     network.weight.data.fill_(0.0)

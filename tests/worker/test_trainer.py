@@ -149,21 +149,6 @@ def test_a_later_attempt_uses_the_first_ones_plan(digits: DatasetFacts, tmp_path
     assert torch.get_num_threads() == 1
 
 
-def test_other_hardware_goes_on_and_says_that_it_is_not_exact(digits: DatasetFacts, tmp_path: Path) -> None:
-    first = sets.order(sets.spec(training={"checkpoint_every": 4}), digits, tmp_path / "one")
-    heard, _ = finished(first, lambda message: "pause" if isinstance(message, Saved) else None)
-    planned = heard.of(Planned)[0]
-    later = sets.order(
-        first.spec, digits, tmp_path / "two", plan=planned.plan, attempt=2,
-        fingerprint={**planned.fingerprint, "processor": "another"},
-        checkpoint=str(Path(first.scratch) / heard.of(Saved)[0].file),
-    )  # fmt: skip
-    heard, last = finished(later)
-    assert heard.codes().count("resume.inexact") == 1
-    assert heard.of(Planned)[0].exact is False
-    assert last.outcome == "succeeded"
-
-
 class Hungry:
     """Make an objective run out of memory above some batch size, like a GPU does."""
 

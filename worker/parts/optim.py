@@ -80,6 +80,7 @@ class Optimizers:
         for parameter, flat in self._flat.items():
             flat.grad = None if parameter.grad is None else _flatten(parameter.grad, like=parameter)
         for part in self._parts:
+            _begin_momentum(part)
             if scaler is not None and scaler.is_enabled():
                 scaler.step(part)
             else:
@@ -141,6 +142,16 @@ def build(found: Sequence[Group], optimizer: Optimizer) -> Optimizers:
     rest = _torch_groups(found, keep=lambda parameter: parameter not in flat)
     parts = [make(matrices, optimizer)] if matrices else []
     return Optimizers([*parts, _adamw(rest, Optimizer(name="adamw"))] if rest else parts, flat)
+
+
+def _begin_momentum(part: torch.optim.Optimizer) -> None:
+    """Start missing momentum at zero: fused SGD crashes where some of a group have it and others, thawed later, not."""
+    if not isinstance(part, torch.optim.SGD):
+        return
+    for group in part.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and part.state[parameter].get("momentum_buffer") is None:
+                part.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _torch_groups(

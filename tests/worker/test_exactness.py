@@ -1,0 +1,224 @@
+"""Killed at a random step and resumed, a run ends with the bits of one that was not: many ways to train, one promise.
+
+The combinations are part of `make test-long`; test_every_recipe.py asks the same of every recipe on every run.
+"""
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.domain.datasets import DatasetFacts
+from tests.worker import sets
+from worker.parts import tuning
+from worker.report import Event, Finished, Order, Planned, Saved, read_report
+
+pytestmark = pytest.mark.worker
+
+STOPPING = {"early_stopping": {"metric": "validation/loss", "patience": 2, "min_delta": 0.02}}
+# name: optimiser, precision, the rest of `training`, the recipe's `params`
+COMBINATIONS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "plain sgd": ("sgd", "float32", {}, {"augmentation": "none"}),
+    "plain adam": ("adam", "float32", {"schedule": "constant"}, {"augmentation": "none"}),
+    "plain adamw": ("adamw", "float32", {"schedule": "linear"}, {"augmentation": "none"}),
+    "plain muon": ("muon", "float32", {"schedule": "triangular"}, {"augmentation": "none"}),
+    "sgd, bf16, light": ("sgd", "bfloat16", {"schedule": "step"}, {"augmentation": "light"}),
+    "adam, bf16, light": ("adam", "bfloat16", {"warmup_fraction": 0.5}, {"augmentation": "light"}),
+    "adamw, bf16, standard": ("adamw", "bfloat16", {}, {"augmentation": "standard"}),
+    "muon, bf16, strong": ("muon", "bfloat16", {}, {"augmentation": "strong"}),
+    "sgd, average, strong": ("sgd", "float32", {}, {"augmentation": "strong", "ema": 0.9}),
+    "adam, average, clipped": ("adam", "float32", {"gradient_clip": 0.5}, {"augmentation": "light", "ema": 0.99}),
+    "adamw, bf16, average": ("adamw", "bfloat16", {"schedule": "triangular"}, {"ema": 0.8}),
+    "muon, bf16, average": ("muon", "bfloat16", {"schedule": "step"}, {"augmentation": "standard", "ema": 0.95}),
+    "mixup": ("adamw", "float32", {}, {"mixup": 0.4, "label_smoothing": 0.1}),
+    "cutmix": ("sgd", "bfloat16", {}, {"cutmix": 1.0, "augmentation": "light"}),
+    "mixup and cutmix": ("muon", "float32", {}, {"mixup": 0.2, "cutmix": 1.0, "ema": 0.9}),
+    "accumulated": ("adamw", "bfloat16", {"accumulate": 4}, {"head": {"hidden": 16, "dropout": 0.3}}),
+    "accumulated sgd": ("sgd", "float32", {"accumulate": 2, "gradient_clip": 1.0}, {"augmentation": "strong"}),
+    "head": ("adamw", "float32", {}, {"trainable": "head"}),
+    "head, cached views": ("sgd", "bfloat16", {"epochs": 9}, {"trainable": "head", "augmentation": "standard"}),
+    "head, cached views, average": (
+        "muon", "float32", {"epochs": 9},
+        {"trainable": "head", "augmentation": "light", "ema": 0.9, "head": {"hidden": 16, "dropout": 0.2}},
+    ),
+    "last stage": ("adam", "bfloat16", {}, {"trainable": "last:1"}),
+    "last stage, cached views": ("adamw", "float32", {"epochs": 9}, {"trainable": "last:1", "augmentation": "strong"}),
+    "last stage, mixed": ("muon", "bfloat16", {}, {"trainable": "last:1", "mixup": 0.5}),
+    "gradual": ("adamw", "float32", {"epochs": 4}, {"trainable": "gradual", "layer_decay": 0.7}),
+    "gradual, average": ("sgd", "bfloat16", {"epochs": 4}, {"trainable": "gradual", "ema": 0.9}),
+    "gradual muon": ("muon", "float32", {"epochs": 4}, {"trainable": "gradual", "augmentation": "standard"}),
+    "stopped early": ("adamw", "float32", {"epochs": 12, "learning_rate": 0.03, **STOPPING}, {}),
+    "stopped early, average": ("muon", "bfloat16", {"epochs": 12, "learning_rate": 0.03, **STOPPING}, {"ema": 0.7}),
+    "weighted classes": ("adam", "float32", {}, {"class_balance": "weighted", "augmentation": "standard"}),
+    "resampled classes": ("sgd", "float32", {"schedule": "constant"}, {"class_balance": "resample"}),
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """As far as a process can go without a word."""
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> DatasetFacts:
+    """Digits at 16 pixels in three shades, so that colours can be changed and stages halve the image."""
+    shades = np.array([1.0, 0.8, 0.5])
+    made = {
+        split: ((pixels.repeat(2, 1).repeat(2, 2)[..., None] * shades).astype(np.uint8), labels)
+        for split, (pixels, labels) in sets.digits(120, 40).items()
+    }
+    return sets.write_set(tmp_path_factory.mktemp("coloured"), made)
+
+
+def job(name: str) -> dict[str, Any]:
+    optimizer, precision, training, params = COMBINATIONS[name]
+    given = {"optimizer": optimizer, "precision": precision, "checkpoint_every": 1, "epochs": 2, "seed": 3, **training}
+    return sets.spec(training=given, params=params)
+
+
+def killed_at(step: int, order: Order) -> str:
+    """Carry out an order until the checkpoint of a step is written; give its path."""
+
+    def die(message: Any) -> None:
+        if isinstance(message, Saved) and message.step == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sets.carry_out(order, die)
+    return str(Path(order.scratch) / f"checkpoint-{step:09d}.safetensors")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_killed_at_a_random_step_and_resumed(name: str, coloured: DatasetFacts, tmp_path: Path) -> None:
+    whole = sets.order(job(name), coloured, tmp_path / "whole")
+    heard, last = sets.carry_out(whole)
+    assert isinstance(last, Finished), last
+    if "cached" in name:
+        assert heard.of(Planned)[0].plan["prefix_views"] > 1
+    if "stopped" in name:
+        assert last.result is not None
+        assert last.result["ended_by"] == "early_stopping"
+    steps = heard.of(Saved)[-1].step
+    for cut in random.Random(name).sample(range(1, steps), 2):
+        # The resumed run makes its own caches, as on another host.
+        path = killed_at(cut, sets.order(job(name), coloured, tmp_path / f"cut-{cut}"))
+        resumed = sets.order(job(name), coloured, tmp_path / f"resumed-{cut}", checkpoint=path)
+        again, ended = sets.carry_out(resumed)
+        assert isinstance(ended, Finished), ended
+        assert sets.weights_sha256(resumed) == sets.weights_sha256(whole), f"after step {cut} of {steps}"
+        assert again.metrics() == [row for row in heard.metrics() if row[1] > cut]
+        assert (ended.metrics, ended.best) == (last.metrics, last.best)
+
+
+PROCESS = """
+import sys
+from worker import trainer
+from worker.report import Order, Reporter
+order = Order.model_validate_json(sys.stdin.read())
+raise SystemExit(trainer.carry_out(order, Reporter(listener=lambda m: print(m.model_dump_json(), flush=True))))
+"""
+
+
+def in_a_process(order: Order, *, kill_after: int | None = None) -> list[Any]:
+    """Carry out an order in a new process; with `kill_after`, kill -9 it once that many checkpoints are written."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(order.model_dump_json())
+        process.stdin.close()
+        heard: list[Any] = []
+        for line in process.stdout:
+            heard.append(read_report.validate_json(line))
+            if kill_after is not None and sum(isinstance(each, Saved) for each in heard) == kill_after:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.read()
+    if kill_after is not None:
+        assert process.returncode == -signal.SIGKILL
+    return heard
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["muon, bf16, strong", "head, cached views", "gradual, average"])
+def test_killed_for_real_and_resumed_in_another_process(name: str, coloured: DatasetFacts, tmp_path: Path) -> None:
+    whole = sets.order(job(name), coloured, tmp_path / "whole")
+    ended = in_a_process(whole)[-1]
+    assert isinstance(ended, Finished), ended
+    cut = sets.order(job(name), coloured, tmp_path / "cut")
+    in_a_process(cut, kill_after=3)
+    newest = sorted(Path(cut.scratch).glob("checkpoint-*.safetensors"))[-1]
+    resumed = sets.order(job(name), coloured, tmp_path / "resumed", checkpoint=str(newest))
+    again = in_a_process(resumed)[-1]
+    assert isinstance(again, Finished), again
+    assert sets.weights_sha256(resumed) == sets.weights_sha256(whole)
+    assert (again.metrics, again.best) == (ended.metrics, ended.best)
+
+
+@pytest.fixture(scope="module")
+def paused(coloured: DatasetFacts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Order, Planned, str]:
+    """Give a run that was paused after its fourth step: its order, its plan, its checkpoint."""
+    order = sets.order(sets.spec(training={"checkpoint_every": 4}), coloured, tmp_path_factory.mktemp("paused"))
+    heard, _ = sets.carry_out(order, lambda message: "pause" if isinstance(message, Saved) else None)
+    return order, heard.of(Planned)[0], str(Path(order.scratch) / heard.of(Saved)[0].file)
+
+
+@pytest.mark.parametrize("differs", [*sorted(tuning.fingerprint("cpu")), "a new entry", "an entry of old", "device"])
+def test_elsewhere_it_goes_on_and_says_that_it_is_not_exact(
+    differs: str, paused: tuple[Order, Planned, str], coloured: DatasetFacts, tmp_path: Path
+) -> None:
+    first, planned, checkpoint = paused
+    fingerprint, plan = dict(planned.fingerprint), planned.plan
+    match differs:
+        case "a new entry":
+            fingerprint.pop("torch")
+            differs = "torch"
+        case "an entry of old":
+            fingerprint["libc"] = "2.17"
+            differs = "libc"
+        case "device":
+            checkpoint = on_a_gpu(checkpoint, tmp_path)
+        case _:
+            fingerprint[differs] = "another"
+    order = sets.order(
+        first.spec, coloured, tmp_path, plan=plan, attempt=2, fingerprint=fingerprint, checkpoint=checkpoint
+    )
+    heard, last = sets.carry_out(order)
+    assert isinstance(last, Finished), last
+    assert heard.of(Planned)[0].exact is False
+    (event,) = [event for event in heard.of(Event) if event.code == "resume.inexact"]
+    assert event.data["differs"] == [differs]
+
+
+def on_a_gpu(path: str, folder: Path) -> str:
+    """Rewrite a checkpoint as if its run had begun on a GPU."""
+    from worker import checkpoint
+
+    found = checkpoint.read(Path(path))
+    state = {**found.state, "plan": {**found.state["plan"], "device": "cuda"}}
+    checkpoint.write(folder / "gpu.safetensors", checkpoint.Contents(found.tensors, state))
+    return str(folder / "gpu.safetensors")
+
+
+def test_the_plan_of_the_first_attempt_decides_the_threads(
+    paused: tuple[Order, Planned, str], coloured: DatasetFacts, tmp_path: Path
+) -> None:
+    """One thread and two give other bits, so a worker with more of them uses as many as the plan says: still exact."""
+    first, planned, checkpoint = paused
+    order = sets.order(
+        first.spec, coloured, tmp_path / "more", plan=planned.plan, attempt=2, fingerprint=planned.fingerprint,
+        checkpoint=checkpoint, threads=2,
+    )  # fmt: skip
+    heard, last = sets.carry_out(order)
+    assert isinstance(last, Finished), last
+    assert (heard.of(Planned)[0].exact, heard.of(Planned)[0].plan["threads"]) == (True, 1)
+    assert "resume.inexact" not in heard.codes()
+    whole = sets.order(first.spec, coloured, tmp_path / "whole")
+    sets.carry_out(whole)
+    assert sets.weights_sha256(order) == sets.weights_sha256(whole)
