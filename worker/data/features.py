@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from worker.data.shelf import Shelf
 from worker.data.source import Data, Source, ahead, in_order
 from worker.parts import compute
+from worker.parts.fold import folded
 from worker.parts.seed import generator
 from worker.parts.tuning import Plan
 from worker.recipe import Batch
@@ -19,7 +20,7 @@ from worker.report import Reporter
 from worker.ticker import Ticker
 
 VIEWS = 4  # fixed views of each sample where inputs are augmented: more passes would cost more than they bring
-BATCH = 256
+BATCH_PIXELS = 64 * 64 * 64  # of a forward pass: what still fits a processor's caches runs fastest
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,19 @@ def cache_prefix(
         key: names the source's pixels, their order and the prefix's weights; the rest is added here.
     """
 
+    prefix.eval()
+    size = batch_size(plan)
+    first = source.batch(torch.arange(min(2, len(source))))
+    runs = folded(prefix, compute.laid_out(data.ready(first, device), plan)["image"])
+
     def forward(batch: Batch, view: int, start: int) -> Tensor:
         draws = generator(seed, "view", view, start, device=device) if augmented else None
         ready = compute.laid_out(data.ready(batch, device, draws), plan)
-        return prefix(ready["image"]).to(torch.bfloat16).cpu()
+        return runs(ready["image"]).to(torch.bfloat16).cpu()
 
-    prefix.eval()
     tick = Ticker(reporter, "features")
     with torch.inference_mode(), compute.autocast(plan, device):
-        shape = forward(source.batch(torch.zeros(1, dtype=torch.int64)), 0, 0).shape[1:]
+        shape = forward(first, 0, 0).shape[1:]
         rows = len(source)
         needed = views * rows * shape.numel() * 2
         name = hashlib.sha256(
@@ -84,7 +89,7 @@ def cache_prefix(
             values = torch.from_numpy(np.memmap(folder / "values", np.int16, "r+", shape=(views, rows, *shape)))
             for view in range(views):
                 start = 0
-                for batch_rows, batch in ahead(source, in_order(source, BATCH)):
+                for batch_rows, batch in ahead(source, in_order(source, size)):
                     made = forward(batch, view, start)
                     values[view, start : start + len(batch_rows)] = made.view(torch.int16)
                     start += len(batch_rows)
@@ -93,6 +98,13 @@ def cache_prefix(
         folder = shelf.get(name, needed, make)
     stored = np.memmap(folder / "values", np.int16, "c", shape=(views, rows, *shape))
     return Features(torch.from_numpy(stored).view(torch.bfloat16), source)
+
+
+def batch_size(plan: Plan) -> int:
+    """Choose how many samples pass a frozen network at once."""
+    if plan.device == "cuda":
+        return 512
+    return max(16, min(256, BATCH_PIXELS // plan.image_size**2))
 
 
 def digest(module: nn.Module) -> str:
