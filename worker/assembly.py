@@ -87,7 +87,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     device = choose_device(spec, order)
     threads = plan.threads if plan is not None else order.threads
     torch.set_num_threads(threads)
-    network = _network(spec, order, facts)
+    network = choose_network(spec, order, facts)
     size, channels = network.image_size, network.channels
     seed = spec.training.seed
 
@@ -198,7 +198,12 @@ def fits(images: Images, device: torch.device) -> bool:
     return images.pixels.nbytes <= torch.cuda.get_device_properties(device).total_memory // 4
 
 
-def _network(spec: Spec, order: Order, facts: DatasetFacts) -> Network:
+def choose_network(spec: Spec, order: Order, facts: DatasetFacts) -> Network:
+    """Find what the run starts from: the order's model, or the architecture in the spec.
+
+    Raises:
+        UserFault: there is neither, or the architecture cannot be built so.
+    """
     if order.model is not None:
         config = order.model.config
         found = _facts(config.architecture["architecture"])

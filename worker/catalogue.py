@@ -111,7 +111,7 @@ def template(found: Recipe) -> Json:
     body: Json = {
         "recipe": found.name,
         "dataset": f"ds_{'0' * 26}",
-        "model": {"architecture": "small_cnn"},
+        "model": f"mdl_{'0' * 26}" if found.requires.trained else {"architecture": "small_cnn"},
         "params": found.Params().model_dump(mode="json"),
         "training": {"epochs": Spec.model_fields["training"].default.epochs},
     }

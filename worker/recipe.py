@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -32,6 +33,10 @@ class Requires:
     min_classes: int = 0
     architectures: tuple[str, ...] | None = None  # families: "convolutional", "mlp", "vit"; None is any
     reason: str | None = None  # said when the architecture is refused
+    trained: bool = False  # a model, or an architecture with published weights; a random start is refused
+    # Parameters, each a number or several, that must be below the number of samples in the splits that the job looks at
+    # (its parameter `splits`; `train` for a recipe without one).
+    fewer_than_samples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,47 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Some rows of a dataset, split after split, each split in its own order."""
+
+    numbers: Tensor  # int64 [n], counted over all splits, as in /v1/datasets/{id}/samples
+    labels: Tensor  # int64 [n], -1 where there is none or where the job's label budget hides it
+    split: Tensor  # int64 [n], into `app.domain.datasets.SPLITS`
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `apply` is given: a trained model, a dataset, and ways to look at one through the other.
+
+    Long work calls `tick` between its pieces: it is the sign of life, and it ends the job where something else than
+    going on is wanted. An apply job keeps no checkpoint: paused or drained it begins again, and finds the features that
+    were complete in the cache of the host.
+
+    samples(splits)      the rows of these splits; None is every split of the dataset
+    features(samples)    float32 [n, d], computed once per split in batches under the plan's autocast, and cached
+    images(numbers)      uint8 [n, channels, size, size] of samples by number
+    tick(phase, done, total)
+    event(code, message, level=…, **data)   one line for the job's log
+    """
+
+    params: Any
+    info: Info
+    backbone: nn.Module  # on the device, in eval mode
+    head: nn.Module | None
+    device: torch.device
+    seed: int
+    scratch: Path  # where the files of the result are written
+    samples: Callable[[Sequence[str] | None], Samples]
+    features: Callable[[Samples], Tensor]
+    images: Callable[[Tensor], Tensor]
+    tick: Callable[[str, int, int], None]
+    event: Callable[..., None]
+
+
+@dataclass(frozen=True)
 class Result:
     """What an `apply` recipe made: a JSON result, files below scratch by name, and metrics."""
 
@@ -136,6 +182,6 @@ class Recipe:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     build: Build | None = None
     inputs: Inputs | None = None
-    apply: Callable[[Any], Result] | None = None
+    apply: Callable[[Context], Result] | None = None
     plan: Callable[..., list[dict[str, Any]]] | None = None
     gather: Callable[..., dict[str, Any]] | None = None

@@ -15,21 +15,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torchvision
-from torch import nn
+from pydantic import ValidationError
 
 from app.domain.errors import JobFault, ResourceFault, SystemFault, UserFault
-from worker import evaluate, ingest, loop, measure
+from app.domain.models import ModelConfig
+from worker import application, evaluate, ingest, loop, measure
+from worker.announce import announce
 from worker.assembly import Assembly, assemble, picture_rows, start
 from worker.checkpoint import Checkpoints
 from worker.ingest import model as imported
 from worker.ingest.dataset import LIMITS
 from worker.loop import Result
-from worker.parts import compute, tuning
+from worker.parts import compute, pictures
 from worker.parts.export import Card, export
 from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
-from worker.report import Failed, Finished, MadeFile, MadeModel, Message, Metrics, Order, Reporter
+from worker.report import BaseModelInput, Failed, Finished, MadeFile, MadeModel, Message, Metrics, Order, Reporter
 from worker.ticker import Ticker
 
 TRACE_LINES = 30
@@ -66,6 +67,8 @@ def _perform(order: Order, reporter: Reporter) -> Finished:
                 return Finished(outcome="succeeded", model=imported.run(order, reporter))
             case "measure":
                 return Finished(outcome="succeeded", result=measure.run(order, reporter))
+            case _ if order.kind == "apply":
+                return application.run(order, reporter)
             case _:
                 return train(order, reporter)
     except ingest.Interrupted as interrupted:
@@ -83,7 +86,7 @@ def train(order: Order, reporter: Reporter) -> Finished:
     while True:
         made = assemble(order, reporter, plan=plan)
         plan = made.plan
-        _announce(made, order, reporter)
+        announce(plan, made.device, order, reporter)
         try:
             made = start(made, order, reporter)
             result = loop.train(
@@ -103,23 +106,6 @@ def _plan_of(order: Order, checkpoints: Checkpoints) -> Plan | None:
     if saved is not None:
         return Plan.model_validate(saved.state["plan"])
     return Plan.model_validate(order.plan) if order.plan is not None else None
-
-
-def _announce(made: Assembly, order: Order, reporter: Reporter) -> None:
-    found = tuning.fingerprint(made.device.type)
-    before = order.fingerprint
-    differs = sorted(
-        key for key in {*found, *(before or {})} if before is not None and before.get(key) != found.get(key)
-    )
-    if made.plan.device != made.device.type:
-        differs.append("device")
-    if differs:
-        reporter.event(
-            "resume.inexact",
-            f"This worker differs from the one where the run began ({', '.join(differs)}): the result will be as good "
-            "but not the same to the bit.", level="warning", differs=differs,
-        )  # fmt: skip
-    reporter.planned(made.plan.model_dump(mode="json"), found, exact=not differs)
 
 
 def _finish(made: Assembly, result: Result, order: Order, reporter: Reporter) -> Finished:
@@ -187,13 +173,8 @@ def _pictures(made: Assembly, scratch: Path) -> list[MadeFile]:
     files: list[MadeFile] = []
     mean, std = (value.view(-1, 1, 1) for value in (made.data.mean, made.data.std))
     for name, images in shown.items():
-        pixels = (images.float().cpu() * std + mean).clamp(0, 1)
-        scale = max(1, 64 // pixels.shape[-1])  # small pictures are shown larger, pixel by pixel
-        pixels = nn.functional.interpolate(pixels, scale_factor=scale) if scale > 1 else pixels
-        grid = torchvision.utils.make_grid(pixels, nrow=len(batch["label"]), padding=2)
-        # The operator itself, because torchvision's function warns of its deprecation on every call.
-        data = torch.ops.image.encode_png.default((grid * 255).round().to(torch.uint8), 6)
-        (scratch / f"{name}.png").write_bytes(data.numpy().tobytes())
+        grid = pictures.grid(images.float().cpu() * std + mean, columns=len(batch["label"]))
+        (scratch / f"{name}.png").write_bytes(pictures.png(grid))
         files.append(MadeFile(name=f"{name}.png", file=f"{name}.png", media_type="image/png"))
     return files
 
@@ -260,6 +241,7 @@ def run(arguments: argparse.Namespace) -> int:
         spec = json.loads(Path(arguments.spec).read_text(encoding="utf-8"))
         if not isinstance(spec, dict):
             raise UserFault(f"{arguments.spec} is not a JSON object.", code="invalid_spec")
+        model = local_model(Path(arguments.model)) if arguments.model else None
         data = scratch / "data"
         data.mkdir(parents=True, exist_ok=True)
         if arguments.data.startswith("builtin:"):
@@ -274,7 +256,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, json.JSONDecodeError) as error:
         reporter.send(Failed(error=UserFault(f"{arguments.spec}: {error}", code="invalid_spec").failure("read")))
         return 1
-    order = local_order(spec, dataset.facts, scratch, cache, threads=threads, device=arguments.device)
+    order = local_order(spec, dataset.facts, scratch, cache, threads=threads, device=arguments.device, model=model)
     finished: list[Finished] = []
     kept = Reporter(
         listener=lambda message: finished.append(message) if isinstance(message, Finished) else listener(message)
@@ -290,8 +272,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def local_order(
-    spec: dict[str, Any], facts: Any, scratch: Path, cache: Path, *, threads: int, device: str = "cpu"
-) -> Order:
+    spec: dict[str, Any], facts: Any, scratch: Path, cache: Path, *, threads: int, device: str = "cpu",
+    model: BaseModelInput | None = None,
+) -> Order:  # fmt: skip
     """Make the order of a run without a server."""
     from worker import catalogue
 
@@ -299,8 +282,24 @@ def local_order(
     body = catalogue.merge(found.defaults, spec)
     return Order(
         job="job_local", attempt=1, kind=found.kind, recipe=found.name, spec=body, dataset=facts, scratch=str(scratch),
-        cache=str(cache), cache_bytes=50 * 2**30, threads=threads, device=device, limits=LIMITS,
+        cache=str(cache), cache_bytes=50 * 2**30, threads=threads, device=device, limits=LIMITS, model=model,
     )  # fmt: skip
+
+
+def local_model(folder: Path) -> BaseModelInput:
+    """Take the files of a model, as a job or a download leaves them, to start from without a server.
+
+    Raises:
+        UserFault: a file is missing, or its description cannot be read.
+    """
+    weights, described = folder / "model.safetensors", folder / "config.json"
+    try:
+        config = ModelConfig.model_validate_json(described.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UserFault(f"{described} does not describe a model: {error}", code="no_such_model") from error
+    if not weights.is_file():
+        raise UserFault(f"There is no file {weights}.", code="no_such_model")
+    return BaseModelInput(id="mdl_local", config=config, weights=str(weights))
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -310,6 +309,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     verb.add_argument("spec", help="the body of a job as a JSON file; `dataset` may be left out")
     verb.add_argument("--data", required=True, help="a folder or archive of images, or builtin:NAME")
     verb.add_argument("--out", required=True, help="where the model goes")
+    verb.add_argument("--model", help="a folder with model.safetensors and config.json to start from or to use")
     verb.add_argument("--cache", help="where decoded images are kept; in the output folder by default")
     verb.add_argument("--threads", type=int, default=0)
     verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

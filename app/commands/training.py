@@ -19,15 +19,19 @@ def run(
     spec: Annotated[Path, typer.Argument(help="JSON file with the job; no `dataset` needed.")],
     data: Annotated[str, typer.Option(help="Folder or archive with the images, or builtin:NAME, as builtin:digits.")],
     out: Annotated[Path, typer.Option(help="Where the weights go.")] = Path("tuneyard-run"),
+    model: Annotated[
+        Path | None, typer.Option(help="Folder with the model.safetensors and config.json to start from or to use.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train on a folder with no server, no database and no queue. Ctrl-C keeps the best model so far."""
     output = Output(as_json=as_json)
-    for path in (spec, *([] if data.startswith("builtin:") else [Path(data)])):
+    for path in (spec, *([] if data.startswith("builtin:") else [Path(data)]), *([model] if model else [])):
         if not path.exists():
             output.error(f"There is no file or folder {path}.")
             raise typer.Exit(Exit.USAGE)
     command = [sys.executable, "-m", "worker.trainer", "run", str(spec), "--data", data, "--out", str(out)]
+    command += ["--model", str(model)] if model else []
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert trainer.stdout is not None
     view = LocalRun(spec.stem)

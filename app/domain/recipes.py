@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from app.domain.chosen import too_many
 from app.domain.errors import Detail, Invalid
 from app.domain.pointers import not_finite, pointer, schema_defaults, schema_details, validation_details
 from app.domain.spec import Architecture, Optimizer, Spec
@@ -157,10 +158,23 @@ def _missing(spec: Spec, recipe: Published) -> Iterable[Detail]:
             pointer="/model",
             message='Give a network to start from: {"architecture": "…"}, a model `mdl_…`, or a job `job_…`.',
         )
+    if recipe.requires.get("trained"):
+        yield from _untrained(spec, recipe)
     if spec.data.labels_per_class is not None and spec.data.label_fraction != 1:
         yield Detail(
             pointer="/data/labels_per_class",
             message="Give labels_per_class or label_fraction, not both: each is the budget.",
+        )
+
+
+def _untrained(spec: Spec, recipe: Published) -> Iterable[Detail]:
+    if spec.dataset is None:
+        yield Detail(pointer="/dataset", message=f"{recipe.name} looks at a dataset: give its id, `ds_…`.")
+    if spec.model is None or (isinstance(spec.model, Architecture) and spec.model.weights is None):
+        yield Detail(
+            pointer="/model",
+            message=f"{recipe.name} uses a trained model: give `mdl_…`, a job `job_…` that makes one, or an "
+            "architecture with `weights`.",
         )
 
 
@@ -215,7 +229,9 @@ def _check_data(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -> It
             pointer="/dataset", message=f"{recipe.name} needs at least {least} training samples; there are {samples}."
         )
         return
-    yield from _check_batch(spec, recipe, samples)
+    yield from too_many(requires, spec.params, dataset["splits"])
+    if recipe.kind in _TRAINS:
+        yield from _check_batch(spec, recipe, samples)
 
 
 def _check_batch(spec: Spec, recipe: Published, samples: int) -> Iterable[Detail]:

@@ -42,7 +42,16 @@ class Submission:
         )  # fmt: skip
 
     def measuring_job(self, project_id: str, *, max_attempts: int) -> tables.Job:
-        """Make the row of the internal job that runs this spec for a few steps; its spec is the one it measures."""
+        """Make the row of the internal job that runs this spec for a few steps; its spec is the one it measures.
+
+        Raises:
+            Invalid: there are no steps to run.
+        """
+        if self.recipe.kind == Kind.APPLY:
+            raise Invalid(
+                f"{self.recipe.name} has no training steps to measure; dry_run=true checks the body without running.",
+                param="dry_run",
+            )
         job = self.job(project_id, max_attempts=max_attempts)
         job.name = f"Measure {self.spec.name}"[:200]
         job.recipe, job.kind, job.internal = "measure", Kind.INTERNAL, True

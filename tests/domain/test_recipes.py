@@ -271,3 +271,39 @@ def test_warnings_name_what_will_hardly_work_as_meant() -> None:
     assert "160 labels" in labels
     assert "nothing to look at" in stopping
     assert warnings(Spec.model_validate(body()), facts()) == []
+
+
+def test_a_recipe_that_uses_a_model_is_given_one_and_a_dataset() -> None:
+    of = recipe(kind="apply", requires={"trained": True}, defaults={})
+    found = _refused({"recipe": "embed", "model": {"architecture": "resnet18"}}, of)
+    assert set(found) == {"/dataset", "/model"}
+    assert "trained model" in found["/model"]
+    assert set(_refused({"dataset": DATASET}, of)) == {"/model"}
+    for model in (MODEL, {"architecture": "resnet18", "weights": "IMAGENET1K_V1"}):
+        assert _refused({"dataset": DATASET, "model": model}, of) == {}
+
+
+def _refused(body: dict[str, Any], of: Published) -> dict[str, str]:
+    try:
+        resolve({"recipe": of.name, **body}, of, ARCHITECTURES)
+    except Invalid as error:
+        return {detail.pointer: detail.message for detail in error.details}
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("params", "found"),
+    [
+        ({"splits": None, "k": 109}, {}),
+        ({"splits": None, "k": 110}, {"/params/k": "There are 110 samples to look at; 110 must be less than that."}),
+        ({"splits": ["test"], "k": 10}, {"/params/k": "There are 10 samples to look at; 10 must be less than that."}),
+        ({"k": 100}, {"/params/k": "There are 100 samples to look at; 100 must be less than that."}),
+        ({"splits": ["train", "train"], "k": [5, 100]},
+         {"/params/k/1": "There are 100 samples to look at; 100 must be less than that."}),
+        ({"splits": ["validation"], "k": None},
+         {"/params/splits": "The dataset has no validation split; it has train, test."}),
+    ],
+)  # fmt: skip
+def test_a_number_that_the_samples_limit(params: dict[str, Any], found: dict[str, str]) -> None:
+    of = recipe(kind="apply", requires={"fewer_than_samples": ["k"]})
+    assert checked({"params": params}, of=of) == found

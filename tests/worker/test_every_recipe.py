@@ -30,6 +30,11 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
     return request.param
 
 
+@pytest.fixture(params=catalogue.recipes().values(), ids=lambda recipe: recipe.name)
+def any_recipe(request: pytest.FixtureRequest) -> Recipe:
+    return request.param
+
+
 def make(recipe: Recipe, digits: DatasetFacts, folder: Path, **given: Any) -> Assembly:
     return assemble(sets.order(sets.spec(recipe.name, **given), digits, folder), sets.Heard().reporter)
 
@@ -40,24 +45,24 @@ def loss_of(made: Assembly, step: int = 0, rows: int = 16) -> torch.Tensor:
     return made.objective(ready, Progress(step, 10, 0, 1))["loss"]
 
 
-def test_its_schema_accepts_its_template_and_its_defaults(recipe: Recipe) -> None:
-    row = json.loads(json.dumps(catalogue.row(recipe)))
+def test_its_schema_accepts_its_template_and_its_defaults(any_recipe: Recipe) -> None:
+    row = json.loads(json.dumps(catalogue.row(any_recipe)))
     Draft202012Validator.check_schema(row["schema"])
     validator = Draft202012Validator(cast(Any, row["schema"]))
-    body = catalogue.merge(row["defaults"], {"recipe": recipe.name, "dataset": f"ds_{'a' * 26}"})
+    body = catalogue.merge(row["defaults"], {"recipe": any_recipe.name, "dataset": f"ds_{'a' * 26}"})
     for given in (row["template"], body):
         assert list(validator.iter_errors(given)) == []
         spec = Spec.model_validate(given)
-        params = recipe.Params.model_validate(spec.params)
-        assert recipe.Params.model_validate(params.model_dump(mode="json")) == params
+        params = any_recipe.Params.model_validate(spec.params)
+        assert any_recipe.Params.model_validate(params.model_dump(mode="json")) == params
 
 
-def test_nonsense_is_refused_by_schema_and_class_alike(recipe: Recipe) -> None:
-    validator = Draft202012Validator(cast(Any, catalogue.schema(recipe)))
-    for params in ({"no_such_field": 1}, *({name: object.__name__ * 3} for name in _numbers(recipe))):
-        assert list(validator.iter_errors({"recipe": recipe.name, "params": params})), params
+def test_nonsense_is_refused_by_schema_and_class_alike(any_recipe: Recipe) -> None:
+    validator = Draft202012Validator(cast(Any, catalogue.schema(any_recipe)))
+    for params in ({"no_such_field": 1}, *({name: object.__name__ * 3} for name in _numbers(any_recipe))):
+        assert list(validator.iter_errors({"recipe": any_recipe.name, "params": params})), params
         with pytest.raises(ValidationError):
-            recipe.Params.model_validate(params)
+            any_recipe.Params.model_validate(params)
 
 
 def _numbers(recipe: Recipe) -> list[str]:
@@ -65,8 +70,8 @@ def _numbers(recipe: Recipe) -> list[str]:
     return [name for name, field in schema.items() if field.get("type") in ("number", "integer")]
 
 
-def test_every_field_is_described_and_bounded(recipe: Recipe) -> None:
-    for name, field in recipe.Params.model_json_schema()["properties"].items():
+def test_every_field_is_described_and_bounded(any_recipe: Recipe) -> None:
+    for name, field in any_recipe.Params.model_json_schema()["properties"].items():
         assert field.get("description"), f"{name} has no description"
         kinds = [field, *field.get("anyOf", [])]
         for kind in kinds:

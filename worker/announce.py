@@ -1,0 +1,25 @@
+"""The last word before step 0: the plan goes to the supervisor, and whether this machine is the one it was made on."""
+
+import torch
+
+from worker.parts import tuning
+from worker.parts.tuning import Plan
+from worker.report import Order, Reporter
+
+
+def announce(plan: Plan, device: torch.device, order: Order, reporter: Reporter) -> None:
+    """Report the plan and wait until it is committed; say so where the result will not be the same to the bit."""
+    found = tuning.fingerprint(device.type)
+    before = order.fingerprint
+    differs = sorted(
+        key for key in {*found, *(before or {})} if before is not None and before.get(key) != found.get(key)
+    )
+    if plan.device != device.type:
+        differs.append("device")
+    if differs:
+        reporter.event(
+            "resume.inexact",
+            f"This worker differs from the one where the run began ({', '.join(differs)}): the result will be as good "
+            "but not the same to the bit.", level="warning", differs=differs,
+        )  # fmt: skip
+    reporter.planned(plan.model_dump(mode="json"), found, exact=not differs)

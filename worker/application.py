@@ -1,0 +1,234 @@
+"""From an order to what an `apply` recipe made: a trained model in eval mode, a dataset seen through it, a result."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from app.domain.chosen import too_many
+from app.domain.datasets import SPLITS, DatasetFacts
+from app.domain.errors import UserFault
+from worker import catalogue
+from worker.announce import announce
+from worker.assembly import Network, choose_device, choose_network, fits, read_spec
+from worker.data import features
+from worker.data.images import Images, Streamed, open_images
+from worker.data.shelf import Shelf
+from worker.data.source import Data, ahead, in_order
+from worker.data.split import reduced, split_labels
+from worker.ingest import Interrupted
+from worker.parts import backbones, compute, networks, tuning
+from worker.parts.seed import derive
+from worker.parts.tuning import Plan
+from worker.recipe import Context, Info, Result, Samples
+from worker.report import Finished, MadeFile, Metrics, Order, Reporter
+from worker.ticker import Ticker
+
+Work = Callable[[str, int, int], None]
+
+
+def run(order: Order, reporter: Reporter) -> Finished:
+    """Use a model as ordered.
+
+    Raises:
+        JobFault: the spec, the data or this machine cannot do it; the message names the field, file or row.
+        Interrupted: something else than going on is wanted; a later attempt begins again.
+    """
+    facts = order.dataset
+    if facts is None:
+        raise UserFault("dataset: give a dataset to look at.", code="no_dataset")
+    spec, recipe, params = read_spec(order.spec)
+    assert recipe.apply is not None
+    chosen = params.model_dump(mode="json")
+    if found := too_many(asdict(recipe.requires), chosen, facts.splits):
+        raise UserFault(f"{found[0].pointer[1:]}: {found[0].message}", code="too_few_samples")
+    device = choose_device(spec, order)
+    given = Plan.model_validate(order.plan) if order.plan is not None else None
+    threads = given.threads if given is not None else order.threads
+    torch.set_num_threads(threads)
+    network = choose_network(spec, order, facts)
+    seed = spec.training.seed
+    backbone, head, normal = _load(network, order, seed)
+    work = tuning.Workload(
+        kind=recipe.kind, family=network.facts["family"], image_size=network.image_size, channels=network.channels,
+        samples=max(sum(facts.splits.values()), 1), pretrained=True,
+    )  # fmt: skip
+    plan = given or tuning.resolve(
+        spec.training.model_copy(update={"epochs": 1}), work, tuning.look(device.type, threads),
+        mean=normal[0], std=normal[1],
+    )  # fmt: skip
+    announce(plan, device, order, reporter)
+    compute.settle(plan)
+    for module in (backbone, head):
+        if module is not None:
+            compute.place(module, plan, device).eval().requires_grad_(requires_grad=False)
+
+    def hide(labels: Tensor) -> Tensor:
+        """Leave the training labels that are within the job's budget, and -1 for the others."""
+        if not reduced(spec.data):
+            return labels
+        kept = split_labels(labels, spec.data, seed=seed, validate=False).train
+        return torch.full_like(labels, -1).index_copy(0, kept, labels[kept])
+
+    seen = Seen(facts, order, network, backbone, plan, device, reporter, hide)
+    info = Info(
+        task=facts.task, classes=facts.classes, samples=facts.splits.get("train", 0), channels=network.channels,
+        image_size=network.image_size, feature_dimension=int(cast(Any, backbone.dimension)),
+        architecture=network.facts, mean=plan.mean, std=plan.std, recipe=catalogue.recipe,
+    )  # fmt: skip
+    context = Context(
+        params=params, info=info, backbone=backbone, head=head, device=device, seed=seed, scratch=Path(order.scratch),
+        samples=seen.samples, features=seen.features, images=seen.images, tick=seen.tick, event=reporter.event,
+    )  # fmt: skip
+    with torch.no_grad():
+        made = recipe.apply(context)
+    seen.tick(recipe.name, 1, 1)
+    return _finished(made, reporter)
+
+
+def _finished(made: Result, reporter: Reporter) -> Finished:
+    if made.metrics:
+        reporter.send(Metrics(rows=tuple((name, 0, value) for name, value in made.metrics.items())))
+    files = tuple(MadeFile(name=name, file=name, media_type=media_type) for name, media_type in made.files.items())
+    return Finished(outcome="succeeded", result=made.result, metrics=dict(made.metrics), files=files)
+
+
+def _load(
+    network: Network, order: Order, seed: int
+) -> tuple[nn.Module, nn.Module | None, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Build the network with its learned weights; give backbone, head (of a model that has classes), mean and std."""
+    if network.normalisation is None:
+        raise UserFault(
+            "model: this job needs trained weights: a model `mdl_…`, a job `job_…`, or an architecture with `weights`.",
+            code="untrained_model",
+        )
+    if order.model is not None:
+        whole = networks.load_network(order.model.config, Path(order.model.weights))
+        return whole.backbone, whole.head, network.normalisation
+    backbone = backbones.build_backbone(
+        network.architecture, channels=network.channels, image_size=network.image_size, seed=derive(seed, "backbone")
+    )
+    return backbone, None, network.normalisation
+
+
+@dataclass
+class Seen:
+    """A dataset through a model: each split opened and each split's features computed once, when first asked for."""
+
+    facts: DatasetFacts
+    order: Order
+    network: Network
+    backbone: nn.Module
+    plan: Plan
+    device: torch.device
+    reporter: Reporter
+    hide: Callable[[Tensor], Tensor]  # training labels [n] -> those that this job may see
+    _sources: dict[str, Images | Streamed] = field(default_factory=dict)
+    _features: dict[str, Tensor] = field(default_factory=dict)
+    _tickers: dict[str, Ticker] = field(default_factory=dict)
+
+    def tick(self, phase: str, done: int, total: int) -> None:
+        """Give a sign of life, and end the job where something else than going on is wanted."""
+        if self.reporter.wanted != "run":
+            raise Interrupted(self.reporter.wanted)
+        if phase not in self._tickers:
+            self._tickers[phase] = Ticker(self.reporter, phase)
+        self._tickers[phase](done, total)
+
+    def samples(self, splits: Sequence[str] | None = None) -> Samples:
+        """Give the rows of these splits, or of all; see `Context`."""
+        there = [split for split in SPLITS if self.facts.splits.get(split, 0)]
+        for split in splits or ():
+            if split not in there:
+                raise UserFault(
+                    f"params/splits: the dataset has no {split} split; it has {', '.join(there)}.", code="no_such_split"
+                )
+        names = [split for split in there if splits is None or split in splits]
+        sources = [self._source(name) for name in names]
+        numbers = [torch.arange(len(source)) + source.first for source in sources]
+        labels = [
+            self.hide(source.labels) if name == "train" else source.labels
+            for name, source in zip(names, sources, strict=True)
+        ]
+        split = [torch.full((len(source),), SPLITS.index(name)) for name, source in zip(names, sources, strict=True)]
+        return Samples(torch.cat(numbers), torch.cat(labels), torch.cat(split))
+
+    def features(self, samples: Samples) -> Tensor:
+        """Give float32 [n, d]; see `Context`."""
+        found: list[Tensor] = []
+        for number in samples.split.unique_consecutive().tolist():
+            name = SPLITS[number]
+            if name not in self._features:
+                self._features[name] = self._computed(name)
+            rows = samples.numbers[samples.split == number] - self._source(name).first
+            values = self._features[name]
+            found.append(values if len(rows) == len(values) else values[rows.to(values.device)])
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def images(self, numbers: Tensor) -> Tensor:
+        """Give uint8 [n, channels, size, size] of samples by number."""
+        made = torch.empty(
+            len(numbers), self.network.channels, self.network.image_size, self.network.image_size, dtype=torch.uint8
+        )
+        for split in SPLITS:
+            if not self.facts.splits.get(split, 0):
+                continue
+            source = self._source(split)
+            inside = ((numbers >= source.first) & (numbers < source.first + len(source))).nonzero().squeeze(1)
+            if len(inside):
+                made[inside] = source.batch(numbers[inside] - source.first)["image"].cpu()
+        return made
+
+    def _source(self, split: str) -> Images | Streamed:
+        if split not in self._sources:
+            opened = open_images(
+                self.facts, split, image_size=self.network.image_size, channels=self.network.channels,
+                cache=Path(self.order.cache), cache_bytes=self.order.cache_bytes, threads=self.plan.threads,
+                reporter=self.reporter,
+            )  # fmt: skip
+            if isinstance(opened, Images) and fits(opened, self.device):
+                opened = opened.on(self.device)
+            self._sources[split] = opened
+        return self._sources[split]
+
+    def _computed(self, split: str) -> Tensor:
+        """Compute a split's features, or find them: in memory mapped from the host's cache where it has room."""
+        source, plan = self._source(split), self.plan
+        rows, dimension = len(source), int(cast(Any, self.backbone.dimension))
+        needed = rows * dimension * 4
+        how = (self.network.architecture, plan.mean, plan.std, plan.precision, plan.memory_format, plan.batch_size)
+        parts = "/".join([source.key, features.digest(self.backbone), repr(how), "float32"])
+        key = hashlib.sha256(parts.encode()).hexdigest()[:40]
+        phase, waits = f"features of {split}", count(1)
+        data = Data(source, None, None, None, torch.tensor(plan.mean), torch.tensor(plan.std))
+
+        def fill(values: Tensor) -> Tensor:
+            with compute.autocast(plan, self.device):
+                for numbers, batch in ahead(source, in_order(source, plan.batch_size)):
+                    self.tick(phase, int(numbers[0]), rows)
+                    ready = compute.laid_out(data.ready({"image": batch["image"]}, self.device), plan)
+                    values[numbers[0] : numbers[-1] + 1] = self.backbone(ready["image"]).float().flatten(1)
+            if not values.isfinite().all():
+                raise UserFault("model: it gives features that are not finite.", code="features_not_finite")
+            return values
+
+        def make(folder: Path) -> None:
+            with (folder / "values").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, needed)
+            fill(torch.from_numpy(np.memmap(folder / "values", np.float32, "r+", shape=(rows, dimension))))
+
+        shelf = Shelf(Path(self.order.cache) / "features", self.order.cache_bytes)
+        if not shelf.has_room(key, needed):
+            return fill(torch.empty(rows, dimension))
+        folder = shelf.get(key, needed, make, waiting=lambda: self.tick(phase, next(waits), rows))
+        # Copy on write: torch wants memory that could be written, and nobody ever writes.
+        stored = torch.from_numpy(np.memmap(folder / "values", np.float32, "c", shape=(rows, dimension)))
+        near = self.device.type == "cuda" and needed <= torch.cuda.get_device_properties(self.device).total_memory // 8
+        return stored.to(self.device) if near else stored
