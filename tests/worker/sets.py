@@ -122,6 +122,23 @@ def carry_out(given: Order, wish: Callable[[Message], str | None] = lambda _: No
     return heard, last
 
 
+def probed(spec: dict[str, Any], facts: DatasetFacts, folder: Path) -> dict[str, float]:
+    """Run a pretraining job and give what its last probe read from the features: k-NN and linear accuracy."""
+    heard, last = carry_out(order(spec, facts, folder))
+    assert isinstance(last, Finished), last
+    rows = [(name.removeprefix("probe/"), value) for name, _, value in heard.metrics() if name.startswith("probe/")]
+    return {name: value for name, value in rows if value is not None}
+
+
+def untrained(spec: dict[str, Any], facts: DatasetFacts, folder: Path) -> dict[str, float]:
+    """Probe the same job's network as it starts: some epochs at no learning rate settle batch norm's statistics.
+
+    After twenty steps a tenth of their own start is left in them, and the network looks worse than it is.
+    """
+    training = {**spec["training"], "epochs": 3, "learning_rate": 1e-12}
+    return probed({**spec, "training": training}, facts, folder)
+
+
 def weights_sha256(order: Order) -> str:
     """Hash the exported weights."""
     return hashlib.sha256((Path(order.scratch) / "model" / "model.safetensors").read_bytes()).hexdigest()

@@ -3,28 +3,40 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from pydantic import Field
 from torch import Generator
 
-from worker.data.policy import simclr_view, views
-from worker.recipe import Batch, Info
+from worker.data.policy import View, simclr_view, views
+from worker.recipe import Batch, Info, Params
 
 
-def two_views(
-    info: Info, *, colour_strength: float | None, crop_min_scale: float | None, flip: float | None
-) -> Callable[[Batch, Generator], Batch]:
-    """Draw two of SimCLR's views of every image and lay them behind one another: "image" [2 * batch, …].
+class ViewParams(Params):
+    """What may be changed of the views."""
 
-    Args:
-        colour_strength: scales the colour jitter; None takes what suits the image size, as in `simclr_view`.
-        crop_min_scale: least part of the area a crop keeps; None takes what suits the size.
-        flip: probability of mirroring; None is 0.5, and 0 for greyscale images.
-    """
-    view = simclr_view(image_size=info.image_size, channels=info.channels, strength=colour_strength)
-    if crop_min_scale is not None:
-        view = replace(view, crop_scale=(crop_min_scale, 1.0))
-    if flip is not None:
-        view = replace(view, flip=flip)
-    pair = views(view, 2)
+    colour_strength: float | None = Field(
+        default=None, ge=0, le=2, description="Scales the colour jitter; null is 1, and 0.5 up to 32 pixels."
+    )
+    crop_min_scale: float | None = Field(
+        default=None, gt=0, le=1, description="Least part of the area a crop keeps; null takes what suits the size."
+    )
+    flip: float | None = Field(
+        default=None, ge=0, le=1, description="Probability of mirroring; null is 0.5, and 0 for greyscale images."
+    )
+
+
+def adjusted(view: View, params: ViewParams) -> View:
+    """Give the view with the crop and the mirroring that were asked for."""
+    if params.crop_min_scale is not None:
+        view = replace(view, crop_scale=(params.crop_min_scale, 1.0))
+    if params.flip is not None:
+        view = replace(view, flip=params.flip)
+    return view
+
+
+def two_views(params: ViewParams, info: Info) -> Callable[[Batch, Generator], Batch]:
+    """Draw two of SimCLR's views of every image and lay them behind one another: "image" [2 * batch, …]."""
+    view = simclr_view(image_size=info.image_size, channels=info.channels, strength=params.colour_strength)
+    pair = views(adjusted(view, params), 2)
 
     def draw(batch: Batch, generator: Generator) -> Batch:
         return {**batch, "image": pair(batch["image"], generator)}

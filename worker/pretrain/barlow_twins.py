@@ -6,20 +6,18 @@ distribution here, so batch norm estimates the same statistics from twice the sa
 each view by itself, as equation 2 has it.
 """
 
-from collections.abc import Callable
-
 import torch
 from pydantic import Field
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from worker.data.pair import two_views
+from worker.data.pair import ViewParams, two_views
 from worker.parts import distributed
-from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, Progress, Recipe, Requires
 
 EPSILON = 1e-5  # on the variance, as in the batch norm that normalises the authors' embeddings
 
 
-class BarlowTwinsParams(Params):
+class BarlowTwinsParams(ViewParams):
     """The weights of the loss, the projection and the views."""
 
     redundancy_weight: float = Field(
@@ -37,15 +35,6 @@ class BarlowTwinsParams(Params):
         default=None, ge=2, le=16384,
         description="Width of the embedding; null is four times the features' width, at most 8192.",
     )  # fmt: skip
-    colour_strength: float | None = Field(
-        default=None, ge=0, le=2, description="Scales the colour jitter; null is 1, and 0.5 up to 32 pixels."
-    )
-    crop_min_scale: float | None = Field(
-        default=None, gt=0, le=1, description="Least part of the area a crop keeps; null takes what suits the size."
-    )
-    flip: float | None = Field(
-        default=None, ge=0, le=1, description="Probability of mirroring; null is 0.5, and 0 for greyscale images."
-    )
 
 
 def cross_correlation(z0: Tensor, z1: Tensor) -> Tensor:
@@ -92,18 +81,6 @@ def terms(correlation: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - diagonal).square().sum(), (correlation - torch.diag(diagonal)).square().sum()
 
 
-def inputs(params: BarlowTwinsParams, info: Info) -> Callable[[Batch, Generator], Batch]:
-    """Draw two views of every image and lay them behind one another: "image" [2 * batch, …]."""
-    return two_views(
-        info, colour_strength=params.colour_strength, crop_min_scale=params.crop_min_scale, flip=params.flip
-    )
-
-
-def build(params: BarlowTwinsParams, backbone: nn.Module, info: Info) -> BarlowTwins:
-    """Put the projection on the backbone."""
-    return BarlowTwins(params, backbone, info)
-
-
 RECIPE = Recipe(
     name="barlow_twins",
     kind="pretrain",
@@ -113,6 +90,6 @@ RECIPE = Recipe(
     Params=BarlowTwinsParams,
     requires=Requires(min_samples=4, min_batch=4),
     defaults={"training": {"epochs": 100, "weight_decay": 1e-4}},
-    build=build,
-    inputs=inputs,
+    build=BarlowTwins,
+    inputs=two_views,
 )

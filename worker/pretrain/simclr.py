@@ -4,20 +4,17 @@ Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of
 arXiv 2002.05709. Both views pass the network in one forward.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from worker.data.policy import simclr_view, views
+from worker.data.pair import ViewParams, two_views
 from worker.parts import distributed
-from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, Progress, Recipe, Requires
 
 
-class SimclrParams(Params):
+class SimclrParams(ViewParams):
     """The loss, the projection and the views."""
 
     temperature: float = Field(default=0.5, gt=0, le=10, description="Of the similarities; the paper's for CIFAR-10.")
@@ -25,15 +22,6 @@ class SimclrParams(Params):
         default=None, ge=1, le=16384, description="Width of the projection's hidden layer; null is the features' width."
     )
     projection_dimension: int = Field(default=128, ge=2, le=16384, description="Width of the projection.")
-    colour_strength: float | None = Field(
-        default=None, ge=0, le=2, description="Scales the colour jitter; null is 1, and 0.5 up to 32 pixels."
-    )
-    crop_min_scale: float | None = Field(
-        default=None, gt=0, le=1, description="Least part of the area a crop keeps; null takes what suits the size."
-    )
-    flip: float | None = Field(
-        default=None, ge=0, le=1, description="Probability of mirroring; null is 0.5, and 0 for greyscale images."
-    )
 
 
 def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -42,17 +30,18 @@ def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float) -> tuple[Tensor, Tens
     Args:
         z0, z1: the projections of the two views, [batch, d]; of this process alone.
     """
-    own = F.normalize(torch.cat([z0, z1]).float(), dim=1)  # [2 * batch, d]
-    batch, rank, world = len(z0), distributed.rank(), distributed.world_size()
-    # Gathered per process as [world, 2, batch, d]: this process's rows start at rank * 2 * batch.
-    everyone = distributed.all_gather(own)  # [world * 2 * batch, d]
-    logits = own @ everyone.T / temperature  # [2 * batch, world * 2 * batch]
-    start = rank * 2 * batch
-    here = torch.arange(2 * batch, device=own.device)
-    logits[here, start + here] = float("-inf")  # an image is not its own neighbour
-    partner = start + (here + batch) % (2 * batch)
-    assert logits.shape[1] == world * 2 * batch
-    return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
+    with torch.autocast(z0.device.type, enabled=False):  # the nearest differ by less than bf16 tells apart
+        own = F.normalize(torch.cat([z0, z1]).float(), dim=1)  # [2 * batch, d]
+        batch, rank, world = len(z0), distributed.rank(), distributed.world_size()
+        # Gathered per process as [world, 2, batch, d]: this process's rows start at rank * 2 * batch.
+        everyone = distributed.all_gather(own)  # [world * 2 * batch, d]
+        logits = own @ everyone.T / temperature  # [2 * batch, world * 2 * batch]
+        start = rank * 2 * batch
+        here = torch.arange(2 * batch, device=own.device)
+        logits[here, start + here] = float("-inf")  # an image is not its own neighbour
+        partner = start + (here + batch) % (2 * batch)
+        assert logits.shape[1] == world * 2 * batch
+        return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
 
 
 class Simclr(nn.Module):
@@ -75,26 +64,6 @@ class Simclr(nn.Module):
         return {"loss": loss, "matched": matched}
 
 
-def inputs(params: SimclrParams, info: Info) -> Callable[[Batch, Generator], Batch]:
-    """Draw two views of every image and lay them behind one another: "image" [2 * batch, …]."""
-    view = simclr_view(image_size=info.image_size, channels=info.channels, strength=params.colour_strength)
-    if params.crop_min_scale is not None:
-        view = replace(view, crop_scale=(params.crop_min_scale, 1.0))
-    if params.flip is not None:
-        view = replace(view, flip=params.flip)
-    pair = views(view, 2)
-
-    def two_views(batch: Batch, generator: Generator) -> Batch:
-        return {**batch, "image": pair(batch["image"], generator)}
-
-    return two_views
-
-
-def build(params: SimclrParams, backbone: nn.Module, info: Info) -> Simclr:
-    """Put the projection on the backbone."""
-    return Simclr(params, backbone, info)
-
-
 RECIPE = Recipe(
     name="simclr",
     kind="pretrain",
@@ -104,6 +73,6 @@ RECIPE = Recipe(
     Params=SimclrParams,
     requires=Requires(min_samples=4, min_batch=4),
     defaults={"training": {"epochs": 100, "weight_decay": 1e-4}},
-    build=build,
-    inputs=inputs,
+    build=Simclr,
+    inputs=two_views,
 )

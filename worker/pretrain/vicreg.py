@@ -5,19 +5,17 @@ arXiv 2105.04906. Both views pass the network in one forward, which the authors 
 distribution here, so batch norm estimates the same statistics from twice the samples. The loss keeps the views apart.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from worker.data.pair import two_views
+from worker.data.pair import ViewParams, two_views
 from worker.parts import distributed
-from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, Progress, Recipe, Requires
 
 
-class VicregParams(Params):
+class VicregParams(ViewParams):
     """The weights of the three terms, the expander and the views."""
 
     invariance_weight: float = Field(default=25.0, ge=0, le=1000, description="Of the distance of the two views.")
@@ -33,15 +31,6 @@ class VicregParams(Params):
         default=None, ge=2, le=16384,
         description="Width of the embedding; null is four times the features' width, at most 8192.",
     )  # fmt: skip
-    colour_strength: float | None = Field(
-        default=None, ge=0, le=2, description="Scales the colour jitter; null is 1, and 0.5 up to 32 pixels."
-    )
-    crop_min_scale: float | None = Field(
-        default=None, gt=0, le=1, description="Least part of the area a crop keeps; null takes what suits the size."
-    )
-    flip: float | None = Field(
-        default=None, ge=0, le=1, description="Probability of mirroring; null is 0.5, and 0 for greyscale images."
-    )
 
 
 def variance(z: Tensor) -> Tensor:
@@ -102,18 +91,6 @@ class Vicreg(nn.Module):
         return {"loss": loss, **found}
 
 
-def inputs(params: VicregParams, info: Info) -> Callable[[Batch, Generator], Batch]:
-    """Draw two views of every image and lay them behind one another: "image" [2 * batch, …]."""
-    return two_views(
-        info, colour_strength=params.colour_strength, crop_min_scale=params.crop_min_scale, flip=params.flip
-    )
-
-
-def build(params: VicregParams, backbone: nn.Module, info: Info) -> Vicreg:
-    """Put the expander on the backbone."""
-    return Vicreg(params, backbone, info)
-
-
 RECIPE = Recipe(
     name="vicreg",
     kind="pretrain",
@@ -123,6 +100,6 @@ RECIPE = Recipe(
     Params=VicregParams,
     requires=Requires(min_samples=4, min_batch=4),
     defaults={"training": {"epochs": 100, "weight_decay": 1e-4}},
-    build=build,
-    inputs=inputs,
+    build=Vicreg,
+    inputs=two_views,
 )
