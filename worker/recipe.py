@@ -96,8 +96,8 @@ class Objective(Protocol):
     after_backward(progress)
     after_step(progress)
     evaluate(batch)                  -> per-sample tensors: {"logits": [batch, classes]} and/or {"loss": [batch]}
-    ema_decay                        float or None: the loop keeps an average of all weights, and that is what is
-                                     validated and exported
+    ema_decay                        float or None: the loop keeps an average of all weights and buffers (which are
+                                     changed in place, never replaced), and that is what is validated and exported
     frozen_prefix                    nn.Module or None: what comes first and never trains. The loop calls it once per
                                      sample (and view), in eval mode, keeps the output in bf16, and hands over batches
                                      with "prefix" [batch, …] in place of "image". None where `inputs` mixes samples

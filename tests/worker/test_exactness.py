@@ -1,6 +1,6 @@
 """Killed at a random step and resumed, a run ends with the bits of one that was not: many ways to train, one promise.
 
-The combinations are part of `make test-long`; test_every_recipe.py asks the same of every recipe on every run.
+Most combinations are part of `make test-long`; test_every_recipe.py asks the same of every recipe on every run.
 """
 
 import random
@@ -92,8 +92,12 @@ def killed_at(step: int, order: Order) -> str:
     return str(Path(order.scratch) / f"checkpoint-{step:09d}.safetensors")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", COMBINATIONS)
+# What holds most kinds of state is asked on every run of the tests, the rest by `make test-long`.
+OFTEN = ("gradual, average", "head, cached views, average", "stopped early, average")
+MARKED = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.long]) for name in COMBINATIONS]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_killed_at_a_random_step_and_resumed(name: str, coloured: DatasetFacts, tmp_path: Path) -> None:
     whole = sets.order(job(name), coloured, tmp_path / "whole")
     heard, last = sets.carry_out(whole)

@@ -51,7 +51,13 @@ class Window:
         return torch.stack(self._rows) if self._rows else torch.empty(0, len(self.names))
 
     def load(self, values: Tensor, names: list[str], device: torch.device) -> None:
-        """Go on from saved `values()`."""
+        """Go on from saved `values()`.
+
+        Raises:
+            RuntimeError: they are not the losses of these names.
+        """
+        if len(values) and values.shape[1] != len(names):
+            raise RuntimeError(f"{values.shape[1]} losses of each step were kept, and {len(names)} names")
         self.names, self._rows = names, list(values.to(device))
 
     def clear(self) -> None:
