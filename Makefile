@@ -9,6 +9,7 @@ OUT ?= build/bench.json
 ONLY ?=
 DATA ?=
 PAIRS ?= 3
+BUDGET ?= 1200
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,8 +41,8 @@ test: setup  ## every test but the long ones
 test-long: setup  ## the long tests
 	$(RUN)/python -m pytest -m long
 
-bench: setup  ## measure against the naive way (OUT=file ONLY=name DATA=folder PAIRS=3)
+bench: setup  ## measure against the other way (ONLY=name,name DATA=folder PAIRS=3 OUT=file; cifar_85 only if asked: ONLY=cifar_85 BUDGET=1200)
 	VIRTUAL_ENV=.venv $(UV) pip install --quiet --require-hashes --no-deps -r tests/benchmarks/requirements.txt
-	$(RUN)/python -m tests.benchmarks --out $(OUT) --pairs $(PAIRS) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
+	$(RUN)/python -m tests.benchmarks --out $(OUT) --pairs $(PAIRS) --budget $(BUDGET) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
 
 .PHONY: help setup demo up check test test-long bench

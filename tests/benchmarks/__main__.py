@@ -1,26 +1,26 @@
-"""`make bench`: run pairs in turn, ours and the naive way, and print the ratios.
+"""`make bench`: run pairs in turn, ours and the other way, and print the ratios.
 
 `--data FOLDER` is an image folder with `train/` and `test/`; without it, pictures are drawn at random, which is enough
-for rates and senseless for accuracies.
+for rates and senseless for accuracies. A workload that fails is named under the table, and the others still run.
 """
 
 import argparse
-import json
-import statistics
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torchvision.io import write_jpeg
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.benchmarks.workloads import WORKLOADS, Bench, Pair, Workload
+from tests.benchmarks import table
+from tests.benchmarks.pairs import Bench, Numbers, Workload
+from tests.benchmarks.workloads import WORKLOADS
 
 
-def random_pictures(folder: Path, *, per_class: int = 300, classes: int = 10, size: int = 32) -> None:
+def random_pictures(folder: Path, *, per_class: int = 1000, classes: int = 10, size: int = 32) -> None:
     """Write JPEGs of coloured noise over a colour of their class."""
     draws = torch.Generator().manual_seed(0)
     for split, count in (("train", per_class), ("test", per_class // 5)):
@@ -30,71 +30,75 @@ def random_pictures(folder: Path, *, per_class: int = 300, classes: int = 10, si
             colour = torch.randint(64, 192, (3, 1, 1), generator=draws)
             for number in range(count):
                 noise = torch.randint(-64, 64, (3, size, size), generator=draws)
-                write_jpeg((colour + noise).to(torch.uint8), str(place / f"{number:05}.jpg"))
+                pixels = (colour + noise).to(torch.uint8).permute(1, 2, 0).numpy()
+                Image.fromarray(pixels).save(place / f"{number:05}.jpg", quality=90)
 
 
-def measured(workload: Workload, bench: Bench, pairs: int) -> dict[str, Any]:
-    """Run a workload's pairs and sum them up."""
-    found: list[Pair] = [
-        workload.run(Bench(bench.folder, bench.cache, seed=seed))
-        for seed in track(range(pairs), description=workload.name, console=Console(stderr=True))
-    ]
-    rate = workload.unit.endswith("/s")
-    ratios = [pair.ours / pair.other if rate else pair.other / pair.ours for pair in found]
-    qualities = [pair.quality for pair in found if pair.quality is not None]
-    quality = None
-    if qualities:
-        quality = {
-            "ours": statistics.mean(mine for mine, _ in qualities),
-            "other": statistics.mean(theirs for _, theirs in qualities),
-        }
-    return {
-        "name": workload.name,
-        "ours": statistics.median(pair.ours for pair in found),
-        "other": statistics.median(pair.other for pair in found),
-        "unit": workload.unit,
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        "goal": workload.goal,
-        "quality": quality,
-        "pairs": pairs,
-        "command": f"make bench ONLY={workload.name}",
-    }
+def chosen(only: str | None) -> list[Workload]:
+    """Give the workloads of these names, comma separated; by default all but those that must be asked for.
+
+    Raises:
+        SystemExit: a name is not known; the message lists those that are.
+    """
+    if not only:
+        return [each for each in WORKLOADS if not each.only_if_asked]
+    names, known = only.split(","), {each.name: each for each in WORKLOADS}
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"There is no workload {', '.join(unknown)}; there are: {', '.join(known)}.")
+    return [known[name] for name in names]
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table."""
-    table = Table(title="Ours against the naive way, both in this run")
-    for heading in ("workload", "ours", "other", "unit", "ratio", "min to max", "goal", "quality: ours / other"):
-        table.add_column(heading, justify="left" if heading == "workload" else "right")
-    for row in rows:
-        ratio, quality = row["ratio"], row["quality"]
-        said = f"{quality['ours']:.3f} / {quality['other']:.3f}" if quality else ""
-        table.add_row(row["name"], f"{row['ours']:.1f}", f"{row['other']:.1f}", row["unit"], f"{ratio['median']:.2f}",
-                      f"{ratio['min']:.2f} to {ratio['max']:.2f}", f"{row['goal']:g}", said)  # fmt: skip
-    Console().print(table)
+def measure(wanted: Sequence[Workload], bench: Bench, out: Path) -> tuple[list[Numbers], list[tuple[str, str]]]:
+    """Run them, writing the JSON after each; give the lines, and what failed with its reason."""
+    rows: list[Numbers] = []
+    failed: list[tuple[str, str]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        everything = progress.add_task("all workloads", total=len(wanted))
+        for each in wanted:
+            task, began = progress.add_task(each.name, total=None), time.monotonic()
+            found = []
+            try:
+                for pair in each.run(bench):
+                    found.append(pair)
+                    progress.advance(task)
+            except Exception as error:
+                failed.append((each.name, f"{type(error).__name__}: {error}"))
+                progress.console.print(f"{each.name} failed: {error}", markup=False)
+            if found:
+                rows.append(table.line(each, found, time.monotonic() - began))
+                table.write(rows, out)
+            progress.update(task, total=len(found), completed=len(found))
+            progress.advance(everything)
+    return rows, failed
 
 
-def main() -> None:
-    """Run what was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+def main() -> int:
+    """Run what was asked for; 1 when something failed."""
+    names = "\n".join(
+        f"  {each.name:<36}{each.help}{' (only if asked for)' if each.only_if_asked else ''}" for each in WORKLOADS
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks", description=__doc__, epilog=f"workloads:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
-    parser.add_argument("--only", choices=[each.name for each in WORKLOADS])
+    parser.add_argument("--only", help="names of workloads, comma separated")
     parser.add_argument("--data", type=Path, help="an image folder with train/ and test/")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=1200.0, help="seconds for the other side of cifar_85")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
+    wanted = chosen(given.only)
+    with tempfile.TemporaryDirectory(prefix="bench-") as work:
         folder = given.data or Path(work) / "pictures"
         if given.data is None:
             random_pictures(folder)
-        bench = Bench(folder, Path(work) / "cache")
-        chosen = [each for each in WORKLOADS if given.only in (None, each.name)]
-        rows = []
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        for each in chosen:
-            rows.append(measured(each, bench, given.pairs))
-            given.out.write_text(json.dumps(rows, indent=2))
-    show(rows)
+        bench = Bench(folder.resolve(), Path(work), given.pairs, budget=given.budget)
+        rows, failed = measure(wanted, bench, given.out)
+    left_out = [each.name for each in WORKLOADS if each.only_if_asked and each not in wanted]
+    table.show(rows, failed, left_out if not given.only else [])
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

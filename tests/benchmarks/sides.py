@@ -1,65 +1,99 @@
-"""The two sides of a pair, each a process of its own: ours as `tuneyard run` starts it, the other as naive.py."""
+"""Both sides of a pair, each in a process of its own: ours.py, and one of the files of the other way."""
 
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-Numbers = dict[str, Any]
+from tests.benchmarks.pairs import Bench, Numbers
+
+MODEL = "mdl_" + "0" * 26  # stands for the exported model that a run starts from
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ours(spec: Numbers, folder: Path, cache: Path, *, threads: int = 0, warmup: int = 3) -> Numbers:
-    """Train from a spec; give `{samples_per_second, seconds, accuracy, knn, first_step, metrics, result, events}`.
+def ours(
+    spec: Numbers, bench: Bench, folder: Path, *, cache: Path | None = None, model: Path | None = None,
+    keep: Path | None = None, warmup: int = 3,
+) -> Numbers:  # fmt: skip
+    """Train from a spec; give rates, seconds and metrics, see `_summary`. `keep` is where the model shall go.
 
-    The rate counts from the first report after `warmup` steps to the last one, so neither ingest nor decoding is in it;
-    `seconds` is the training alone, from the plan to the last word.
+    The rate counts from the first report after `warmup` steps to the last one, so neither ingest nor decoding is in it.
     """
-    with tempfile.TemporaryDirectory() as work:
-        path = Path(work) / "spec.json"
-        path.write_text(json.dumps(spec))
-        command = [sys.executable, "-m", "worker.trainer", "run", str(path), "--data", str(folder), "--out", work,
-                   "--cache", str(cache), "--threads", str(threads or os.cpu_count() or 1)]  # fmt: skip
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            lines = [(time.perf_counter(), json.loads(line)) for line in process.stdout]
+    with tempfile.TemporaryDirectory(dir=bench.work) as out:
+        asked = {
+            "spec": spec, "folder": str(folder), "out": out, "cache": str(cache or bench.cache), "threads": THREADS,
+            "ingested": str(bench.work / "ingested"), "model": str(model) if model else None,
+        }  # fmt: skip
+        lines = run("ours", asked)
+        if keep is not None:
+            shutil.copytree(Path(out) / "model", keep, dirs_exist_ok=True)
     return _summary(lines, warmup)
 
 
-def _summary(lines: list[tuple[float, Numbers]], warmup: int) -> Numbers:
-    kinds: dict[str, list[tuple[float, Numbers]]] = {}
-    for at, line in lines:
-        kinds.setdefault(line["type"], []).append((at, line))
-    if "failed" in kinds:
-        raise RuntimeError(f"our side failed: {kinds['failed'][0][1]['error']}")
-    (ended, last), (planned, plan) = kinds["finished"][0], kinds["planned"][0]
-    batch = plan["plan"]["batch_size"]
-    steps = [(at, line["step"]) for at, line in kinds["progress"] if line["phase"] == "train" and line["step"]]
-    steps = [point for point in steps if point[1] >= warmup] or steps
-    (begun, first), (over, final) = steps[0], steps[-1]
-    metrics = last["metrics"]
-    return {
-        "samples_per_second": (final - first) * batch / (over - begun) if over > begun else None,
-        "seconds": ended - planned,
-        "accuracy": metrics.get("test/accuracy"),
-        "knn": metrics.get("probe/knn_accuracy"),
-        "metrics": metrics,
-        "result": last["result"],
-        "plan": plan["plan"],
-        "events": {line["code"]: (at - planned, line) for at, line in kinds.get("event", ())},
-        "epochs_at": [at - planned for at, line in kinds.get("metrics", ()) if _ends_epoch(line)],
-    }
-
-
-def _ends_epoch(line: Numbers) -> bool:
-    return any(name.startswith(("validation/", "probe/")) for name, _step, _value in line["rows"])
+def run(module: str, asked: Numbers, timeout: float | None = None) -> list[Numbers]:
+    """Run a module of this folder on what is asked; give the lines of JSON that it printed."""
+    command = [sys.executable, "-m", f"tests.benchmarks.{module}", json.dumps(asked)]
+    with tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False, timeout=timeout,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        failed = [line["error"] for line in lines if line.get("type") == "failed"]
+        if done.returncode or failed:
+            errors.seek(0)
+            said = failed or errors.read().splitlines()[-3:]
+            raise RuntimeError(f"{module} ended with {done.returncode}: {said}")
+    return lines
 
 
 def naive(asked: Numbers) -> Numbers:
     """Run one workload of naive.py."""
-    command = [sys.executable, "-m", "tests.benchmarks.naive", json.dumps(asked)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return run("naive", asked)[-1]
+
+
+def _summary(lines: list[Numbers], warmup: int) -> Numbers:
+    kinds: dict[str, list[Numbers]] = {}
+    for line in lines:
+        kinds.setdefault(line["type"], []).append(line)
+    begun, planned, last = kinds["begun"][0], kinds["planned"][0], kinds["finished"][0]
+    plan = planned["plan"]
+    steps = [(line["at"], line["step"]) for line in kinds["progress"] if line["phase"] == "train" and line["step"]]
+    steps = steps[:-1]  # the last report comes after the last checkpoint
+    rows = [(line["at"], *row) for line in kinds.get("metrics", ()) for row in line["rows"]]
+    losses = [(step, value) for _at, name, step, value in rows if name == "train/loss"]
+    steps += [(at, step) for at, name, step, _value in rows if name == "train/loss"]
+    counted = sorted(point for point in steps if point[1] >= warmup)
+    (first_at, first), (final_at, final) = counted[0], counted[-1]
+    per_epoch = plan["steps_per_epoch"]
+    return {
+        "samples_per_second": (final - first) * plan["batch_size"] / (final_at - first_at) if final > first else None,
+        "seconds": last["at"] - begun["at"],  # of the whole job: decoding, training, test, export
+        "seconds_with_ingest": last["at"] - begun["before_ingest"],
+        "seconds_from_plan": last["at"] - planned["at"],
+        "accuracy": last["metrics"].get("test/accuracy"),
+        "metrics": last["metrics"],
+        "plan": plan,
+        "last_epoch_loss": statistics.fmean([value for step, value in losses if step > losses[-1][0] - per_epoch]),
+        "epoch_ends": _epoch_ends(kinds.get("metrics", []), begun["before_ingest"], begun["at"], per_epoch),
+    }
+
+
+def _epoch_ends(metrics: list[Numbers], before: float, after: float, per_epoch: int) -> list[Numbers]:
+    """Give when each epoch was over, and the numbers that were reported then."""
+    ends: dict[int, dict[str, Any]] = {}
+    for line in metrics:
+        for name, step, value in line["rows"]:
+            if step and step % per_epoch == 0:
+                end = ends.setdefault(step // per_epoch, {})
+                if name == "train/loss":
+                    end |= {"seconds": line["at"] - after, "seconds_with_ingest": line["at"] - before}
+                if name.startswith("validation/"):
+                    end["validated"] = line["at"] - before
+                end[name] = value
+    return [ends[epoch] for epoch in sorted(ends)]

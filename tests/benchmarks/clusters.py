@@ -1,0 +1,52 @@
+"""k-means: ours against scikit-learn's, from the same start. `python -m tests.benchmarks.clusters '{…}'` runs both."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from tests.benchmarks.pairs import Bench, Numbers, Pair, workload
+from tests.benchmarks.sides import THREADS, run
+
+POINTS, WIDTH, CLUSTERS, ITERATIONS = 50_000, 512, 100, 20
+
+
+@workload("kmeans_50k_512_100", "s", 1, "time", inertia_ratio=1.01)
+def kmeans(bench: Bench) -> Pair:
+    """k-means of 50k x 512 features, k = 100, 20 iterations, one start, against scikit-learn; quality: inertia."""
+    found = run("clusters", {"seed": bench.seed, "threads": THREADS})[-1]
+    quality = (found["our_inertia"], found["other_inertia"])
+    return Pair(found["ours"], found["other"], quality, more={"inertia_ratio": quality[0] / quality[1]})
+
+
+def _measure(asked: Numbers) -> Numbers:
+    import torch
+    from sklearn.cluster import KMeans
+    from worker.parts.kmeans import kmeans as ours  # pyright: ignore
+
+    theirs: Any = KMeans  # its stubs know less than it
+    torch.set_num_threads(asked["threads"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    draws = torch.Generator().manual_seed(asked["seed"])
+    # Features lie in groups of many sizes, not evenly: a mixture of twice as many clusters, after a ReLU.
+    centres = torch.randn(2 * CLUSTERS, WIDTH, generator=draws)
+    group = torch.randint(2 * CLUSTERS, (POINTS,), generator=draws)
+    points = (centres[group] + 2 * torch.randn(POINTS, WIDTH, generator=draws)).relu_()
+    start = points[torch.randperm(POINTS, generator=draws)[:CLUSTERS]].clone()
+    there = points.to(device)
+    ours(there[:5000], CLUSTERS, generator=draws, iterations=1, start=start.to(device))  # warm
+    begun = time.perf_counter()
+    mine = ours(there, CLUSTERS, generator=draws, iterations=ITERATIONS, tolerance=0.0, start=start.to(device))
+    between = time.perf_counter()
+    other = theirs(CLUSTERS, init=start.numpy(), n_init=1, max_iter=ITERATIONS, tol=0.0).fit(points.numpy())
+    ended = time.perf_counter()
+    inertia = other.inertia_
+    assert inertia is not None
+    return {
+        "ours": between - begun, "other": ended - between, "our_inertia": mine.inertia, "other_inertia": float(inertia),
+        "our_iterations": mine.iterations, "other_iterations": int(other.n_iter_),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,101 @@
+"""Is it as good? Small pairs over seeds: accuracy of fine-tunes, k-NN accuracy after the same number of images.
+
+`python -m tests.benchmarks.quality '{…}'` looks at one backbone: the same code for both sides.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.pairs import Bench, Numbers, Pair, workload
+from tests.benchmarks.sides import naive, ours, run
+
+NEVER = 1_000_000
+
+
+@workload("quality_finetune_resnet18_32", "accuracy", 0.5, "quality")
+def finetune(bench: Bench) -> Pair:
+    """Test accuracy of the full fine-tune after equal epochs: 8,000 pictures, 10 epochs, sgd, cosine."""
+    architecture, folder = {"architecture": "resnet18", "image_size": 32}, bench.part(8000, 5000)
+    spec = {
+        "recipe": "image_classification", "model": architecture, "data": {"validation_fraction": 0.0},
+        "params": {"trainable": "all", "augmentation": "standard"},
+        "training": {"epochs": 10, "batch_size": 128, "learning_rate": 0.05, "optimizer": {"name": "sgd"},
+                     "weight_decay": 5e-4, "seed": bench.seed, "checkpoint_every": NEVER},
+    }  # fmt: skip
+    mine = ours(spec, bench, folder)["accuracy"]
+    theirs = naive({**architecture, "workload": "classification", "folder": str(folder), "batch_size": 128,
+                    "epochs": 10, "seed": bench.seed, "evaluate": True})["accuracy"]  # fmt: skip
+    return Pair(mine, theirs, (mine, theirs))
+
+
+@workload("quality_simclr_small_cnn_32", "k-NN accuracy", 0.5, "quality")
+def simclr(bench: Bench) -> Pair:
+    """k-NN test accuracy after SimCLR on the same number of images: 8,000 pictures, 4 epochs, same rate."""
+    architecture, folder = {"architecture": "small_cnn", "image_size": 32}, bench.part(8000, 5000)
+    kept = bench.work / f"simclr-{bench.seed}"
+    spec = {
+        "recipe": "simclr", "model": architecture, "params": {"crop_min_scale": 0.08, "colour_strength": 0.5},
+        "training": {"epochs": 4, "batch_size": 128, "learning_rate": 0.06, "optimizer": {"name": "sgd"},
+                     "weight_decay": 5e-4, "schedule": "constant", "warmup_fraction": 0.0, "seed": bench.seed,
+                     "checkpoint_every": NEVER},
+    }  # fmt: skip
+    ours(spec, bench, folder, keep=kept)
+    naive({**architecture, "workload": "simclr", "folder": str(folder), "batch_size": 128, "epochs": 4,
+           "seed": bench.seed, "keep": str(kept / "other.pt")})  # fmt: skip
+    common = {"folder": str(folder), "image_size": 32}
+    mine = run("quality", {**common, "exported": str(kept)})[-1]["knn"]
+    theirs = run("quality", {**common, "pickled": str(kept / "other.pt")})[-1]["knn"]
+    return Pair(mine, theirs, (mine, theirs))
+
+
+def _backbone(asked: Numbers) -> tuple[Any, Any, Any]:
+    """Give a backbone with the normalisation that it was trained with."""
+    import torch
+    from lightly.transforms.utils import IMAGENET_NORMALIZE  # pyright: ignore
+    from safetensors.torch import load_file
+
+    from app.domain.models import ModelConfig
+    from worker.parts import backbones
+
+    if "pickled" in asked:
+        network = torch.load(asked["pickled"], weights_only=False)  # our own file, written a moment ago
+        return network, IMAGENET_NORMALIZE["mean"], IMAGENET_NORMALIZE["std"]
+    folder = Path(asked["exported"])
+    config = ModelConfig.model_validate_json((folder / "config.json").read_text())
+    network = backbones.build_backbone(
+        config.architecture, channels=config.channels, image_size=config.image_size, seed=0
+    )
+    backbones.load_backbone(network, load_file(folder / "model.safetensors"), source=str(folder))
+    return network, config.mean, config.std
+
+
+def _measure(asked: Numbers) -> Numbers:
+    import torch
+    from torch.nn import functional as F
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    network, mean, std = _backbone(asked)
+    size = asked["image_size"]
+    plain = transforms.Compose(
+        [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.eval().to(device)
+
+    def features(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        data = ImageFolder(Path(asked["folder"]) / split, plain)
+        pairs = [(network(x.to(device)).flatten(1).cpu(), y) for x, y in DataLoader(data, 250, num_workers=2)]
+        return F.normalize(torch.cat([f for f, _ in pairs]), dim=1), torch.cat([y for _, y in pairs])
+
+    with torch.inference_mode():
+        (bank, labels), (queries, truth) = features("train"), features("test")
+        near = (queries @ bank.T).topk(20, dim=1).indices
+        return {"knn": float((labels[near].mode(1).values == truth).float().mean())}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))

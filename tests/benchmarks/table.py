@@ -1,0 +1,121 @@
+"""From pairs to lines: medians, spreads, whether the goal was met, the JSON and the table."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.pairs import Numbers, Pair, Workload
+
+
+def line(workload: Workload, found: Sequence[Pair], seconds: float) -> Numbers:
+    """Sum up the pairs of a workload."""
+    ratios = [workload.ratio(pair) for pair in found]
+    qualities = [pair.quality for pair in found if pair.quality is not None]
+    row: Numbers = {
+        "name": workload.name,
+        "ours": statistics.median(pair.ours for pair in found),
+        "other": statistics.median(pair.other for pair in found),
+        "unit": workload.unit,
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "quality": None,
+        "pairs": len(found),
+        "command": f"make bench ONLY={workload.name}",
+        "ratio_is": "other / ours" if workload.compare == "time" else "ours / other",
+        "goal": {"most" if workload.smaller_is_better else "least": workload.goal},
+        "bound": any(pair.bound for pair in found),
+        "seconds": round(seconds, 1),
+        "more": _medians(found),
+    }
+    if qualities:
+        sides = {"ours": [mine for mine, _ in qualities], "other": [theirs for _, theirs in qualities]}
+        row["quality"] = {side: statistics.fmean(values) for side, values in sides.items()}
+        row["quality_spread"] = {side: _spread(values) for side, values in sides.items()}
+    if workload.compare == "quality":
+        row["goal"] = {"most_points_below": workload.goal}
+    row["met"] = _met(workload, row, found)
+    return row
+
+
+def _met(workload: Workload, row: Numbers, found: Sequence[Pair]) -> bool:
+    if workload.compare == "quality":
+        # Below by at most the goal, or by what the seeds explain: two standard errors of the paired difference.
+        differences = [pair.ours - pair.other for pair in found]
+        noise = 2 * _spread(differences) / len(differences) ** 0.5
+        return statistics.fmean(differences) >= -max(workload.goal / 100, noise)
+    median = row["ratio"]["median"]
+    good = median <= workload.goal if workload.smaller_is_better else median >= workload.goal
+    return good and all(row["more"][name] <= most for name, most in workload.limits)
+
+
+def _medians(found: Sequence[Pair]) -> Numbers:
+    names = dict.fromkeys(name for pair in found for name in pair.more)
+    medians = {name: statistics.median(pair.more[name] for pair in found if name in pair.more) for name in names}
+    return {**medians, **found[-1].summary}
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def write(rows: Sequence[Numbers], path: Path) -> None:
+    """Write the lines that were measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(rows), indent=2) + "\n")
+
+
+def table(rows: Sequence[Numbers], failed: Sequence[tuple[str, str]], left_out: Sequence[str]) -> Table:
+    """Give the table; below it what failed and what was left out."""
+    made = Table(title="Ours against the other way, both in this run", caption=_caption(failed, left_out))
+    made.caption_justify = "left"
+    for heading in ("workload", "ours", "other", "unit", "ratio", "min to max", "goal", "quality: ours / other"):
+        made.add_column(heading, justify="left" if heading == "workload" else "right", overflow="fold")
+    for row in rows:
+        ratio = row["ratio"]
+        colour = "green" if row["met"] else "red"
+        sign = ">= " if row["bound"] else ""
+        made.add_row(
+            row["name"], _number(row["ours"]), _number(row["other"]), row["unit"],
+            f"[{colour}]{sign}{_number(ratio['median'])}[/]", f"{_number(ratio['min'])} to {_number(ratio['max'])}",
+            _goal(row["goal"]), _quality(row),
+        )  # fmt: skip
+    return made
+
+
+def _caption(failed: Sequence[tuple[str, str]], left_out: Sequence[str]) -> str:
+    lines = ["rates: ours / other; times (s, ms): other / ours; where the goal says 'at most', smaller is better"]
+    lines += [f"[red]{name} failed:[/] {why}" for name, why in failed]
+    lines += [f"{name} runs only when asked for: make bench ONLY={name} DATA=…" for name in left_out]
+    return "\n".join(lines)
+
+
+def _goal(goal: Numbers) -> str:
+    ((kind, value),) = goal.items()
+    if kind == "most_points_below":
+        return f"{value:g} points below, at most"
+    return f"at {kind} {value:g}"
+
+
+def _quality(row: Numbers) -> str:
+    quality, spread = row["quality"], row.get("quality_spread", {})
+    if not quality:
+        return ""
+    return " / ".join(
+        f"{quality[side]:.4g}" + (f" ± {spread[side]:.2g}" if row["pairs"] > 1 else "") for side in ("ours", "other")
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def show(rows: Sequence[Numbers], failed: Sequence[tuple[str, str]], left_out: Sequence[str]) -> None:
+    """Print the table."""
+    console: Any = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table(rows, failed, left_out))
