@@ -141,8 +141,8 @@ def simclr(asked: Asked) -> dict[str, Any]:
     data = ImageFolder(Path(asked["folder"]) / "train", transform)
     loader = DataLoader(data, asked["batch_size"], shuffle=True, num_workers=2, drop_last=True)
     if asked["architecture"] == "small_cnn":
-        backbone: Any = small_vgg()
-        dimension = 256
+        backbone: Any = small_vgg(width=asked.get("width", 1.0))
+        dimension = [layer for layer in backbone if isinstance(layer, nn.Conv2d)][-1].out_channels
     else:
         backbone = network(asked)
         dimension = backbone.fc.in_features
@@ -169,21 +169,22 @@ def simclr(asked: Asked) -> dict[str, Any]:
     return {"samples_per_second": rate, "seconds": seconds, "accuracy": None}
 
 
-def small_vgg(channels: int = 3, size: int = 32) -> nn.Module:
+def small_vgg(channels: int = 3, size: int = 32, width: float = 1.0) -> nn.Module:
     """The VGG-like network of the speed records: 2 million parameters, blocks of 64, 256 and 256 channels.
 
     A map of under 12 pixels is not pooled in the first block. The convolutions start near the identity.
     """
     layers: list[nn.Module] = [nn.Conv2d(channels, 24, 2), nn.GELU()]
     before, side = 24, size - 1
-    for number, width in enumerate((64, 256, 256)):
-        layers.append(nn.Conv2d(before, width, 3, padding=1, bias=False))
+    for number, base in enumerate((64, 256, 256)):
+        after = max(8, round(base * width / 8) * 8)
+        layers.append(nn.Conv2d(before, after, 3, padding=1, bias=False))
         if number or side >= 12:
             layers.append(nn.MaxPool2d(2, ceil_mode=side < 4))
             side = (side + 1) // 2 if side < 4 else side // 2
-        layers += [nn.BatchNorm2d(width), nn.GELU()]
-        layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
-        before = width
+        layers += [nn.BatchNorm2d(after), nn.GELU()]
+        layers += [nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
+        before = after
     for layer in layers[2:]:
         if isinstance(layer, nn.Conv2d):
             with torch.no_grad():

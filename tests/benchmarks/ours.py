@@ -14,7 +14,7 @@ import torch
 
 from app.domain.datasets import DatasetFacts
 from app.domain.models import ModelConfig
-from worker import ingest
+from worker import ingest, zygote
 from worker.assembly import Assembly, assemble
 from worker.report import BaseModelInput, Message, Order, Reporter
 from worker.trainer import carry_out, local_order
@@ -56,7 +56,8 @@ def assembled(asked: dict[str, Any]) -> Assembly:
 
 
 def main(asked: dict[str, Any]) -> int:
-    """Train; the first line has the moments before and after ingest."""
+    """Train, warm as the service's trainers are; the first line has the moments before and after ingest."""
+    zygote.prepare()
     begun = time.perf_counter()
     order = order_of(asked)
     print(json.dumps({"at": time.perf_counter(), "type": "begun", "before_ingest": begun}), flush=True)

@@ -40,7 +40,7 @@ def grey(bench: Bench, train: int, *, size: int) -> Path:
 @workload("first_epoch_32", "s", 1.3, "cost")
 def first_epoch(bench: Bench) -> Pair:
     """First epoch with a cold cache (ingest done), against the bare decoder on the same threads and a warm epoch."""
-    folder = bench.part(bench.samples())
+    folder = bench.part(min(bench.samples(), 20_000))
     spec = {
         "recipe": "image_classification", "model": {"architecture": "small_cnn", "image_size": 32},
         "params": {"trainable": "all", "augmentation": "standard"}, "data": {"validation_fraction": 0.0},

@@ -85,13 +85,13 @@ def _frozen_spec(bench: Bench, trainable: str, epochs: int) -> Numbers:
 @workload("head_resnet18_64_10_epochs", "s", 25, "time")
 def head_only(bench: Bench) -> Pair:
     """Head only, 64 px, 10 epochs, decoding and the test included: the frozen network runs once, not every epoch."""
-    return _frozen(bench, "head", 8000)
+    return _frozen(bench, "head", 3000)
 
 
 @workload("last1_resnet18_64_10_epochs", "s", 4, "time")
 def last_stage(bench: Bench) -> Pair:
     """`last:1`, 64 px, 10 epochs, decoding and the test included."""
-    return _frozen(bench, "last:1", 4000)
+    return _frozen(bench, "last:1", 1500)
 
 
 @workload("head_20_epochs_over_forward", "s", 1.25, "cost")

@@ -23,9 +23,9 @@ def one(compare: Compare, goal: float, found: list[Pair]) -> Workload:
     return Workload("one", "s", goal, compare, run)
 
 
-@pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 8), (1, 28)])
-def test_small_vgg_is_small_cnn_layer_for_layer(channels: int, size: int) -> None:
-    ours, other = small_cnn(channels=channels, image_size=size), small_vgg(channels, size)
+@pytest.mark.parametrize(("channels", "size", "width"), [(3, 32, 1.0), (3, 32, 0.5), (1, 8, 1.0), (1, 28, 0.25)])
+def test_small_vgg_is_small_cnn_layer_for_layer(channels: int, size: int, width: float) -> None:
+    ours, other = small_cnn(channels=channels, image_size=size, width=width), small_vgg(channels, size, width)
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.GELU)
     layers = [[layer for layer in network.modules() if isinstance(layer, kinds)] for network in (ours, other)]
     assert [str(layer) for layer in layers[0]] == [str(layer) for layer in layers[1]]
