@@ -22,6 +22,7 @@ def kmeans(bench: Bench) -> Pair:
 def _measure(asked: Numbers) -> Numbers:
     import torch
     from sklearn.cluster import KMeans
+
     from worker.parts.kmeans import kmeans as ours  # pyright: ignore
 
     theirs: Any = KMeans  # its stubs know less than it
