@@ -61,6 +61,8 @@ class Fake(BaseModel):
     escape: bool = False  # names a file outside scratch
     metrics_per_step: int = 1
     save_bytes: int = 0
+    children: int = 0  # it orchestrates so many, each a fake of two steps, in rounds of two
+    failing_child: int | None = None
 
 
 def published() -> dict[str, list[dict[str, Any]]]:
@@ -108,6 +110,11 @@ def main(order_path: str, connection: socket.socket) -> int:
         "trainer.began", f"Begins at step {step}.", step=step, environment=sorted(os.environ),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
     )  # fmt: skip
+    if fake.children:
+        if faulty:
+            _go_wrong(fake, len(order.children), reporter, connection)
+        reporter.send(_orchestrated(fake, order))
+        return 0
     outcome: Outcome = "succeeded"
     while step < fake.steps:
         if faulty:
@@ -144,6 +151,23 @@ def main(order_path: str, connection: socket.socket) -> int:
         )
     )  # fmt: skip
     return 0
+
+
+def _orchestrated(fake: Fake, order: Order) -> Finished:
+    known = len(order.children)
+    wanted = range(min(known // 2 * 2 + 2, fake.children))  # the whole of it every time: the store knows whom it has
+    failing = {"fail_at": 0, "failure": {"fault": "user", "code": "test", "message": "It failed."}}
+    bodies = tuple(
+        {
+            "child_key": str(number), "recipe": "fake", "dataset": order.spec["dataset"],
+            "model": {"architecture": "small_cnn"},
+            "params": {"fake": {"steps": 2, **(failing if number == fake.failing_child else {})}},
+        }
+        for number in wanted
+    )  # fmt: skip
+    if known < fake.children:
+        return Finished(outcome="children", children=bodies)
+    return Finished(outcome="succeeded", result={child["key"]: child["status"] for child in order.children})
 
 
 def _go_wrong(fake: Fake, step: int, reporter: Reporter, connection: socket.socket) -> None:

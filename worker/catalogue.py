@@ -75,7 +75,7 @@ def row(found: Recipe) -> Json:
         "schema": schema(found),
         "defaults": json.loads(json.dumps(found.defaults)),
         "template": template(found),
-        "requires": asdict(found.requires),
+        "requires": asdict(found.requires) | {"plans": found.plan is not None},
     }
 
 

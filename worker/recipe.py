@@ -9,6 +9,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from app.domain.datasets import DatasetFacts
+from app.domain.models import ModelConfig
+from app.domain.spec import Spec
+
 # What a source gives: "image" uint8 [batch, channels, height, width], "label" int64 [batch] (-1 = no label), "index"
 # int64 [batch] (the sample's number). `inputs` may add, replace or drop keys. Every tensor whose key starts with
 # "image" is, when `inputs` is done with it, either uint8 or float in [0, 1]; the loop then normalises it per channel.
@@ -163,7 +167,59 @@ class Result:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What an orchestrating recipe may know: nothing of pixels or weights, so `plan` and `gather` are pure."""
+
+    spec: Spec  # of the job itself
+    dataset: DatasetFacts | None
+    model: str | None  # the id of the model in the job's body, once it is there
+    config: ModelConfig | None  # of that model
+    family: str | None  # of the network to start from, as in `Requires.architectures`
+    recipes: "Mapping[str, Recipe]"
+
+
+@dataclass(frozen=True)
+class Child:
+    """A job that an orchestrating job made, and what became of it."""
+
+    key: str
+    job: str
+    status: str
+    spec: Mapping[str, Any]
+    result: Mapping[str, Any] | None
+    metrics: Mapping[str, float | None]
+    best: Mapping[str, Any] | None
+    model: str | None
+    error: Mapping[str, Any] | None
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether it has a result; one that was stopped early has, too."""
+        return self.status in ("succeeded", "stopped")
+
+    @property
+    def why(self) -> str:
+        """What went wrong, in words; for a child that did not end well."""
+        return str((self.error or {}).get("message") or f"It was {self.status}.")
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a round of children came to: a JSON result, metrics, and files as `name -> (media type, content)`."""
+
+    result: dict[str, Any]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
+
+
 Build = Callable[[Any, nn.Module, Info], nn.Module]
+# Names every child that is wanted, given those that ended: the bodies of jobs, each with a `child_key` beside it. Those
+# whose key is there already are not made again; when no new one is named, `gather` makes the result. A body that leaves
+# out `dataset` or `resources` gets the job's own. A child that failed is no error by
+# itself: the recipe goes on with the rest as long as that answers its question, and names what is missing.
+PlanChildren = Callable[[Any, Facts, Sequence[Child]], list[dict[str, Any]]]
+Gather = Callable[[Any, Facts, Sequence[Child]], Gathered]
 # None: nothing to do to a batch, which lets a frozen prefix be computed once per sample.
 Inputs = Callable[[Any, Info], Callable[[Batch, torch.Generator], Batch] | None]
 
@@ -183,5 +239,5 @@ class Recipe:
     build: Build | None = None
     inputs: Inputs | None = None
     apply: Callable[[Context], Result] | None = None
-    plan: Callable[..., list[dict[str, Any]]] | None = None
-    gather: Callable[..., dict[str, Any]] | None = None
+    plan: PlanChildren | None = None
+    gather: Gather | None = None

@@ -49,7 +49,7 @@ class BaseModelInput(Message):
 
     id: str
     config: ModelConfig
-    weights: str  # path of model.safetensors
+    weights: str  # path of model.safetensors; empty for a job that only plans others
 
 
 class Order(Message):

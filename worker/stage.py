@@ -20,10 +20,9 @@ from sqlalchemy.orm import Session
 
 from app.domain.datasets import DatasetFacts, Shard
 from app.domain.errors import DataFault, SystemFault, UserFault
-from app.domain.jobs import TERMINAL
 from app.domain.models import ModelConfig
 from app.settings import Settings
-from app.store import cache, checkpoints, claims, tables
+from app.store import cache, checkpoints, children, claims, recipes, tables
 from app.store.blobs import Blobs, CorruptBlob, MissingBlob
 from app.store.session import transaction
 from worker.report import BaseModelInput, Limits, Order
@@ -45,6 +44,7 @@ class Inputs:
     checkpoints: Sequence[tables.Checkpoint]  # the best choice first
     fingerprint: dict[str, Any] | None
     children: tuple[dict[str, Any], ...]
+    plans: bool  # it only plans other jobs: facts are enough, no bytes are fetched
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def stage(
         return str(_link(cache.bring(blobs, home_cache / "blobs", sha256), scratch.inputs / name))
 
     dataset = inputs.dataset
-    if dataset is not None:
+    if dataset is not None and not inputs.plans:
         shards = (
             shard.model_copy(update={"path": bring(shard.sha256, f"{shard.split}-{shard.index:05d}.arrow")})
             for shard in dataset.shards
@@ -116,7 +116,8 @@ def stage(
     model = upload = None
     if inputs.model is not None:
         identity, config, sha256 = inputs.model
-        model = BaseModelInput(id=identity, config=config, weights=bring(sha256, WEIGHTS))
+        weights = "" if inputs.plans else bring(sha256, WEIGHTS)
+        model = BaseModelInput(id=identity, config=config, weights=weights)
     if inputs.upload is not None:
         upload = bring(inputs.upload[0], "upload")
     state = scratch.inputs / "checkpoint.safetensors"
@@ -152,7 +153,8 @@ def find_inputs(session: Session, job: tables.Job) -> Inputs:
         upload=upload,
         checkpoints=checkpoints.to_resume(session, job),
         fingerprint=claims.first_fingerprint(session, job.id),
-        children=_children(session, job),
+        children=children.ended(session, job),
+        plans=_plans(session, job),
     )
 
 
@@ -202,19 +204,9 @@ def _upload(session: Session, job: tables.Job) -> tuple[str, str | None] | None:
     return (found.sha256, found.filename) if found else None
 
 
-def _children(session: Session, job: tables.Job) -> tuple[dict[str, Any], ...]:
-    rows = session.scalars(
-        select(tables.Job)
-        .where(tables.Job.parent_id == job.id, tables.Job.status.in_(TERMINAL))
-        .order_by(tables.Job.child_key)
-    ).all()
-    return tuple(
-        {
-            "key": child.child_key, "job": child.id, "status": child.status, "spec": child.spec, "best": child.best,
-            "result": child.result, "metrics": child.metrics, "model": child.model_id, "error": child.error,
-        }
-        for child in rows
-    )  # fmt: skip
+def _plans(session: Session, job: tables.Job) -> bool:
+    recipe = None if job.internal else recipes.find(session, job.recipe)
+    return recipe is not None and bool(recipe.requires.get("plans"))
 
 
 def _newest_valid(

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from app.domain.errors import JobFault, ResourceFault, SystemFault, UserFault
 from app.domain.models import ModelConfig
-from worker import application, evaluate, ingest, loop, measure
+from worker import alone, application, catalogue, evaluate, ingest, loop, measure, orchestration
 from worker.announce import announce
 from worker.assembly import Assembly, assemble, picture_rows, start
 from worker.checkpoint import Checkpoints
@@ -67,6 +67,8 @@ def _perform(order: Order, reporter: Reporter) -> Finished:
                 return Finished(outcome="succeeded", model=imported.run(order, reporter))
             case "measure":
                 return Finished(outcome="succeeded", result=measure.run(order, reporter))
+            case _ if catalogue.recipe(order.recipe).plan is not None:
+                return orchestration.run(order, reporter)
             case _ if order.kind == "apply":
                 return application.run(order, reporter)
             case _:
@@ -261,12 +263,14 @@ def run(arguments: argparse.Namespace) -> int:
     kept = Reporter(
         listener=lambda message: finished.append(message) if isinstance(message, Finished) else listener(message)
     )
-    code = carry_out(order, kept)
+    code = alone.carry_out(order, kept, carry_out)
     for last in finished:
         made = (*last.files, *(last.model.files if last.model else ()))
         for file in made:
             shutil.copyfile(scratch / file.file, out / file.name)
         listener(last)
+    if (scratch / alone.CHILDREN).is_dir():
+        shutil.copytree(scratch / alone.CHILDREN, out / alone.CHILDREN, dirs_exist_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
     return code
 
@@ -276,8 +280,6 @@ def local_order(
     model: BaseModelInput | None = None,
 ) -> Order:  # fmt: skip
     """Make the order of a run without a server."""
-    from worker import catalogue
-
     found = catalogue.recipe(str(spec.get("recipe")))
     body = catalogue.merge(found.defaults, spec)
     return Order(

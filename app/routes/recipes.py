@@ -26,6 +26,7 @@ class Requirements(Out):
     min_classes: int = 0
     architectures: list[str] | None = Field(default=None, description="Families; null is any.")
     reason: str | None = None
+    plans: bool = Field(default=False, description="It runs other jobs, its children, and holds no slot meanwhile.")
 
 
 class RecipeOut(Out):

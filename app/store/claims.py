@@ -21,12 +21,10 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, and_, exists, func, or_, select, true, update
 from sqlalchemy.orm import Session, aliased
 
-from app.domain.errors import Failure, UserFault
+from app.domain.errors import Failure
 from app.domain.jobs import HELD, Actor, Move, Status, Wanted, on_failure, on_finish, on_release
-from app.domain.spec import Spec
-from app.store import checkpoints, events, life, metrics, tables
+from app.store import checkpoints, children, events, life, metrics, tables
 from app.store.clock import Now
-from app.store.ids import new_id
 
 RESERVE_SECONDS = 300.0
 
@@ -316,20 +314,23 @@ def insert_children(session: Session, held: Held, specs: Iterable[tables.Json]) 
     """Insert the next round of an orchestrating job, which waits for it without holding a slot.
 
     Each spec is a job's body with a `child_key` beside it; a child whose key the parent already has is not made twice.
+    A round is as good as a checkpoint: losses count anew from here.
 
     Raises:
         Fenced
-        UserFault: a spec names no key, or a recipe that nobody published.
+        UserFault: a spec has no key, or the API would refuse it; no child is inserted then.
     """
     job = _hold(session, held)
     decision = on_finish(Status.WAITING, Wanted(job.wanted))
     if decision.status is Status.WAITING:
-        known = set(session.scalars(select(tables.Job.child_key).where(tables.Job.parent_id == job.id)))
+        known = children.known_keys(session, job)
         for spec in specs:
-            child = _child(session, job, spec)
-            if child.child_key not in known:
-                known.add(child.child_key)
-                life.insert(session, child)
+            if spec.get("child_key") in known:
+                continue
+            child = children.make(session, job, spec)
+            known.add(child.child_key)
+            life.insert(session, child)
+        job.losses = 0
     return _decided(session, job, decision, reason="children" if decision.status is Status.WAITING else None)
 
 
@@ -341,27 +342,6 @@ def spent(session: Session, job: tables.Job) -> int:
         .where(tables.Attempt.job_id == job.id, tables.Attempt.outcome.in_(("lost", "failed")))
     )
     return (ended_badly or 0) + 1
-
-
-def _child(session: Session, parent: tables.Job, body: tables.Json) -> tables.Job:
-    key = body.get("child_key")
-    if not isinstance(key, str) or not key:
-        raise UserFault("Each spec of a child needs a `child_key` that is its own.", phase="plan")
-    spec = Spec.model_validate({name: value for name, value in body.items() if name != "child_key"})
-    recipe = session.get(tables.Recipe, spec.recipe)
-    if recipe is None:
-        raise UserFault(f"No worker has published the recipe {spec.recipe!r} that a child needs.", phase="plan")
-    reference = spec.model if isinstance(spec.model, str) else ""
-    waits = reference.startswith("job_")
-    return tables.Job(
-        id=new_id("job"), project_id=parent.project_id, name=spec.name or f"{parent.name} {key}"[:200],
-        recipe=recipe.name, recipe_version=recipe.version, kind=recipe.kind, internal=False, dataset_id=spec.dataset,
-        base_model_id=reference if reference.startswith("mdl_") else None,
-        wait_for_job_id=reference if waits else None, parent_id=parent.id, child_key=key,
-        status=Status.WAITING if waits else Status.QUEUED, wanted=Wanted.RUN, priority=parent.priority,
-        device=spec.resources.device, gpus=spec.resources.gpus, spec=spec.model_dump(mode="json"), metrics={},
-        meta=dict(spec.metadata), attempt=0, max_attempts=parent.max_attempts, losses=0, last_event=0, not_before=0.0,
-    )  # fmt: skip
 
 
 def _decided(session: Session, job: tables.Job, decision: Move, *, reason: str | None = None) -> Status:

@@ -7,14 +7,14 @@ import pytest
 from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
-from app.domain.errors import Failure, UserFault
+from app.domain.errors import Failure
 from app.domain.jobs import Actor, Status, Wanted
 from app.store import checkpoints, claims, events, life, sweeps, tables
 from app.store.blobs import Blobs, Stored
 from app.store.claims import Fenced, Held
 from app.store.clock import Now
 from app.store.session import transaction
-from tests.factories import make_blob, make_dataset, make_job, make_project, publish_catalogue
+from tests.factories import make_blob, make_dataset, make_job, make_project
 
 pytestmark = pytest.mark.store
 
@@ -506,69 +506,6 @@ class TestRelease:
         want(engine, held, wish)
         with transaction(engine) as session:
             assert claims.release(session, held) is status
-
-
-class TestChildren:
-    @pytest.fixture(autouse=True)
-    def _catalogue(self, engine: Engine) -> None:
-        publish_catalogue(engine)
-
-    def _round(self, engine: Engine, held: Held, *keys: str, **more: Any) -> Status:
-        with transaction(engine) as session:
-            project = session.get_one(tables.Project, held.project_id)
-            dataset = make_dataset(session, project)
-            bodies = [
-                {"child_key": key, "recipe": "image_classification", "dataset": dataset.id, **more} for key in keys
-            ]
-            return claims.insert_children(session, held, bodies)
-
-    def _children(self, engine: Engine, held: Held) -> list[tables.Job]:
-        with transaction(engine) as session:
-            query = select(tables.Job).where(tables.Job.parent_id == held.job_id).order_by(tables.Job.id)
-            return list(session.scalars(query))
-
-    def test_the_parent_waits_for_its_round_without_a_slot(self, engine: Engine, held: Held) -> None:
-        begin(engine, held)
-        assert self._round(engine, held, "a", "b") is Status.WAITING
-        assert look(engine, held).lease_owner is None
-        first, second = self._children(engine, held)
-        assert [(child.child_key, child.status, child.kind) for child in (first, second)] == [
-            ("a", "queued", "finetune"), ("b", "queued", "finetune"),
-        ]  # fmt: skip
-        for child, status in ((first, Status.SUCCEEDED), (second, Status.FAILED)):
-            assert look(engine, held).status == "waiting"
-            with transaction(engine) as session:
-                taken = take(session, read(session, child))
-                if status is Status.FAILED:
-                    claims.give_up(session, taken, USER)
-                else:
-                    claims.finish(session, taken, status)
-        parent = look(engine, held)
-        assert (parent.status, parent.status_reason) == ("queued", "children_finished")
-
-    def test_a_key_makes_one_child_however_often_it_is_asked_for(self, engine: Engine, held: Held) -> None:
-        begin(engine, held)
-        self._round(engine, held, "a")
-        (child,) = self._children(engine, held)
-        with transaction(engine) as session:
-            claims.finish(session, take(session, read(session, child)), Status.SUCCEEDED)
-            again = take(session, read(session, held))
-        self._round(engine, again, "a", "b", "b")
-        assert [child.child_key for child in self._children(engine, held)] == ["a", "b"]
-
-    def test_a_cancelled_parent_gets_no_children(self, engine: Engine, held: Held) -> None:
-        begin(engine, held)
-        want(engine, held, Wanted.CANCEL)
-        assert self._round(engine, held, "a") is Status.CANCELLED
-        assert self._children(engine, held) == []
-
-    @pytest.mark.parametrize(
-        ("body", "says"),
-        [({"recipe": "image_classification"}, "child_key"), ({"child_key": "a", "recipe": "magic"}, "magic")],
-    )
-    def test_a_wrong_spec_is_the_users_fault(self, engine: Engine, held: Held, body: dict[str, Any], says: str) -> None:
-        with pytest.raises(UserFault, match=says), transaction(engine) as session:
-            claims.insert_children(session, held, [body])
 
 
 class TestSweep:
