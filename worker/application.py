@@ -17,17 +17,17 @@ from app.domain.datasets import SPLITS, DatasetFacts
 from app.domain.errors import UserFault
 from worker import catalogue
 from worker.announce import announce
-from worker.assembly import Network, choose_device, choose_network, fits, read_spec
+from worker.assembly import Network, choose_device, choose_network, fits, read_spec, start_backbone
 from worker.data import features
 from worker.data.images import Images, Streamed, open_images
 from worker.data.shelf import Shelf
-from worker.data.source import Data, ahead, in_order
+from worker.data.source import Data, ahead, in_order, part
 from worker.data.split import reduced, split_labels
 from worker.ingest import Interrupted
 from worker.parts import backbones, compute, networks, tuning
 from worker.parts.seed import derive
 from worker.parts.tuning import Plan
-from worker.recipe import Context, Info, Result, Samples
+from worker.recipe import Context, Info, Recipe, Result, Samples
 from worker.report import Finished, MadeFile, Metrics, Order, Reporter
 from worker.ticker import Ticker
 
@@ -55,7 +55,7 @@ def run(order: Order, reporter: Reporter) -> Finished:
     torch.set_num_threads(threads)
     network = choose_network(spec, order, facts)
     seed = spec.training.seed
-    backbone, head, normal = _load(network, order, seed)
+    backbone, head, normal = _load(recipe, network, order, facts, seed, threads, reporter)
     work = tuning.Workload(
         kind=recipe.kind, family=network.facts["family"], image_size=network.image_size, channels=network.channels,
         samples=max(sum(facts.splits.values()), 1), pretrained=True,
@@ -101,14 +101,22 @@ def _finished(made: Result, reporter: Reporter) -> Finished:
 
 
 def _load(
-    network: Network, order: Order, seed: int
+    recipe: Recipe, network: Network, order: Order, facts: DatasetFacts, seed: int, threads: int, reporter: Reporter
 ) -> tuple[nn.Module, nn.Module | None, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Build the network with its learned weights; give backbone, head (of a model that has classes), mean and std."""
-    if network.normalisation is None:
+    """Build the network with its weights; give backbone, head (of a model that has classes), mean and std."""
+    if network.normalisation is None and recipe.requires.trained:
         raise UserFault(
             "model: this job needs trained weights: a model `mdl_…`, a job `job_…`, or an architecture with `weights`.",
             code="untrained_model",
         )
+    if network.normalisation is None:  # a random start, as a training job would make it
+        images = open_images(
+            facts, "train", image_size=network.image_size, channels=network.channels, cache=Path(order.cache),
+            cache_bytes=order.cache_bytes, threads=threads, reporter=reporter,
+        )  # fmt: skip
+        mean, std = torch.tensor(images.mean), torch.tensor(images.std)
+        data = Data(part(images, torch.arange(len(images))), None, None, None, mean, std)
+        return start_backbone(network, seed, data), None, (images.mean, images.std)
     if order.model is not None:
         whole = networks.load_network(order.model.config, Path(order.model.weights))
         return whole.backbone, whole.head, network.normalisation

@@ -102,7 +102,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     mean, std = network.normalisation or (train.mean, train.std)
     data = _data(recipe, spec, facts, train, images, mean, std, seed)
     counts = _class_counts(data.train.labels, len(facts.classes)) if recipe.requires.labels else ()
-    backbone = _backbone(network, seed, data)
+    backbone = start_backbone(network, seed, data)
     info = Info(
         task=facts.task, classes=facts.classes, samples=len(data.train), channels=channels, image_size=size,
         feature_dimension=int(cast(Any, backbone.dimension)), architecture=network.facts, class_counts=counts,
@@ -295,7 +295,8 @@ def _class_counts(labels: Tensor, classes: int) -> tuple[int, ...]:
     return tuple(torch.bincount(labels[labels >= 0], minlength=classes).tolist())
 
 
-def _backbone(network: Network, seed: int, data: Data) -> nn.Module:
+def start_backbone(network: Network, seed: int, data: Data) -> nn.Module:
+    """Build the backbone that a run starts from, with the weights that it starts with."""
     backbone = backbones.build_backbone(
         network.architecture, channels=network.channels, image_size=network.image_size, seed=derive(seed, "backbone")
     )

@@ -32,6 +32,7 @@ class Requires:
 
     labels: bool = False
     unlabelled: bool = False  # rows without a label, beside labelled ones
+    test_labels: bool = False  # a test split with labels, because that is what the result is about
     min_samples: int = 1
     min_batch: int = 1
     min_classes: int = 0

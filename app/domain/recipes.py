@@ -216,6 +216,12 @@ def _check_data(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -> It
             message=f"{recipe.name} needs at least {requires['min_classes']} classes; this dataset has {classes}: "
             f"{', '.join(map(str, dataset['classes'])) or 'none'}.",
         )
+    if requires.get("test_labels") and not dataset["labelled"].get("test"):
+        yield Detail(
+            pointer="/dataset",
+            message=f"{recipe.name} measures on the test split, and no test sample of this dataset has a label: use a "
+            "dataset with a labelled `test` folder.",
+        )
     keeps_all_labels = spec.data.label_fraction == 1 and spec.data.labels_per_class is None
     if requires.get("unlabelled") and labelled == samples and keeps_all_labels:
         yield Detail(

@@ -21,6 +21,7 @@ class Requirements(Out):
 
     labels: bool = False
     unlabelled: bool = False
+    test_labels: bool = Field(default=False, description="A test split with labels.")
     min_samples: int = 1
     min_batch: int = 1
     min_classes: int = 0

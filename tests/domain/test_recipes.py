@@ -197,6 +197,11 @@ def test_what_is_possible_has_no_details() -> None:
         (facts(classes=["cat"]), recipe(), "at least 2 classes; this dataset has 1: cat"),
         (facts(task="tabular"), recipe(), "works on image_classification; the task of this dataset is tabular"),
         (facts(), recipe(requires={"unlabelled": True}), "needs unlabelled training samples"),
+        (
+            facts(labelled={"train": 100}),
+            recipe(requires={"test_labels": True}),
+            "no test sample of this dataset has a",
+        ),
         (facts(), recipe(requires={"min_samples": 101}), "at least 101 training samples; there are 100"),
         (facts(), recipe(requires={"min_batch": 128}), "batches of at least 128; there are 100"),
         (facts(splits={"test": 5}, labelled={"test": 5}), recipe(requires={}), "at least 1 training samples"),
