@@ -283,6 +283,8 @@ def _many(session: Session, rows: Sequence[tables.Job], settings: Settings) -> l
 
 def _out(row: tables.Job, around: jobs.Surroundings) -> JobOut:
     progress = row.progress or {}
+    if around.children and row.status not in TERMINAL:  # it is as far as its children are
+        progress = progress | {"phase": "children", "fraction": around.children_done}
     return JobOut(
         id=row.id, name=row.name, recipe=row.recipe, recipe_version=row.recipe_version, kind=Kind(row.kind),
         dataset=row.dataset_id, status=Status(row.status), wanted=Wanted(row.wanted),

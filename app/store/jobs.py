@@ -1,7 +1,7 @@
 """Jobs as the API sees and steers them; their life itself is in `life`, the worker's half in `claims`."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ class Surroundings:
 
     position: int | None = None  # in the queue, from 1
     children: dict[str, int] = field(default_factory=dict)  # by status
+    children_done: float = 0.0  # how much of the children is done, 0 to 1; a running one counts by its own progress
     no_worker_fits: bool = False
     files: Sequence[tables.JobFile] = ()
 
@@ -63,6 +64,7 @@ def surroundings(session: Session, jobs: Sequence[tables.Job], *, alive_seconds:
         )
         for parent_id, status, count in session.execute(counted):
             children[str(parent_id)][status] = count
+    done = _done(session, children)
     queued = [job for job in jobs if job.status == Status.QUEUED]
     positions = _positions(session, [job.id for job in queued]) if queued else {}
     offers = _offers(session, alive_seconds) if queued else []
@@ -71,11 +73,28 @@ def surroundings(session: Session, jobs: Sequence[tables.Job], *, alive_seconds:
         job.id: Surroundings(
             position=positions.get(job.id),
             children=children.get(job.id, {}),
+            children_done=done.get(job.id, 0.0),
             no_worker_fits=job in queued and not any(_fits(job, gpus) for gpus in offers),
             files=made[job.id],
         )
         for job in jobs
     }
+
+
+def _done(session: Session, children: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """Give how much is done of the children of each parent, counted by status."""
+    done = {
+        parent: float(sum(count for status, count in counts.items() if status in TERMINAL))
+        for parent, counts in children.items()
+    }
+    at_work = [parent for parent, counts in children.items() if any(status in counts for status in HELD)]
+    if at_work:
+        held = select(tables.Job.parent_id, tables.Job.progress).where(
+            tables.Job.parent_id.in_(at_work), tables.Job.status.in_(HELD)
+        )
+        for parent_id, progress in session.execute(held):
+            done[str(parent_id)] += float((progress or {}).get("fraction") or 0.0)
+    return {parent: share / sum(children[parent].values()) for parent, share in done.items()}
 
 
 def doubts(session: Session, job: tables.Job, *, alive_seconds: float) -> list[str]:

@@ -143,8 +143,13 @@ def test_verbs_reach_the_children_in_the_same_transaction(client: httpx.Client, 
         parent: ("waiting", "pause"), queued: ("paused", "pause"), running: ("running", "pause"),
         done: ("failed", "run"),
     }  # fmt: skip
-    assert client.get(f"/v1/jobs/{parent}").json()["children"] == {
-        "total": 3, "by_status": {"failed": 1, "paused": 1, "running": 1},
+    with transaction(engine) as session:
+        session.get_one(tables.Job, running).progress = {"fraction": 0.5, "phase": "train"}
+    shown = client.get(f"/v1/jobs/{parent}").json()
+    assert shown["children"] == {"total": 3, "by_status": {"failed": 1, "paused": 1, "running": 1}}
+    assert (shown["progress"]["fraction"], shown["progress"]["phase"]) == (0.5, "children"), "one ended, one half-way"
+    assert {job["id"] for job in client.get("/v1/jobs", params={"parent": parent}).json()["data"]} == {
+        queued, running, done,
     }  # fmt: skip
     client.post(f"/v1/jobs/{parent}/resume")
     assert states()[queued] == ("queued", "run")
