@@ -15,10 +15,6 @@ from worker.recipe import Progress
 
 Tick = Callable[[int, int], None]  # is told how many rows of how many are done
 
-# Under these a representation tells its samples hardly apart: RankMe is 1 and the spread 0 for one single point.
-RANK_FLOOR = 1.2
-SPREAD_FLOOR = 0.02
-
 
 @contextmanager
 def evaluating(module: nn.Module, plan: Plan, device: torch.device) -> Iterator[None]:
@@ -106,11 +102,6 @@ def probe(backbone: nn.Module, data: Data, plan: Plan, device: torch.device, tic
         numbers["knn_accuracy"] = metrics.knn_accuracy(*asked)
         numbers["linear_accuracy"] = metrics.linear_probe_accuracy(*asked)
     return numbers
-
-
-def collapsed(numbers: dict[str, float]) -> bool:
-    """Say whether a probe found a representation that tells its samples hardly apart."""
-    return numbers["effective_rank"] < RANK_FLOOR or numbers["feature_spread"] < SPREAD_FLOOR
 
 
 def probe_rows(count: int, seed: int) -> Tensor:

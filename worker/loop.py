@@ -22,6 +22,7 @@ from worker.clock import Clock
 from worker.data.source import Data, ahead
 from worker.parts import compute, optim, schedule
 from worker.parts.ema import Average
+from worker.parts.metrics import collapsed
 from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import Plan
 from worker.parts.window import Window
@@ -275,7 +276,7 @@ def _judge(numbers: Mapping[str, float], state: State, training: Training, kind:
 
 def _report_collapse(numbers: Mapping[str, float], state: State, report: Reporter) -> None:
     found = {name.removeprefix("probe/"): value for name, value in numbers.items() if name.startswith("probe/")}
-    if not found or state.collapse_reported or not evaluate.collapsed(found):
+    if not found or state.collapse_reported or not collapsed(found):
         return
     state.collapse_reported = True
     report.event(

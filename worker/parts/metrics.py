@@ -1,6 +1,7 @@
 """Every number that is not a running mean: how good a classifier is, and how good features are."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ with warnings.catch_warnings():
     from torchmetrics.functional import classification as measures
 
 CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
+# Under these a representation tells its samples hardly apart: RankMe is 1 and the spread 0 for one single point.
+RANK_FLOOR = 1.2
+SPREAD_FLOOR = 0.02
 
 
 def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -139,3 +143,8 @@ def feature_spread(features: Tensor) -> float:
     """
     normalised = F.normalize(features.float(), dim=1)
     return (normalised.std(0, correction=0).mean() * features.shape[1] ** 0.5).item()
+
+
+def collapsed(numbers: Mapping[str, float]) -> bool:
+    """Say whether a probe found a representation that tells its samples hardly apart."""
+    return numbers["effective_rank"] < RANK_FLOOR or numbers["feature_spread"] < SPREAD_FLOOR
