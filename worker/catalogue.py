@@ -75,7 +75,7 @@ def row(found: Recipe) -> Json:
         "schema": schema(found),
         "defaults": json.loads(json.dumps(found.defaults)),
         "template": template(found),
-        "requires": asdict(found.requires) | {"plans": found.plan is not None},
+        "requires": asdict(found.requires) | {"plans": found.plan is not None, "gives_model": found.gives_model},
     }
 
 

@@ -53,7 +53,8 @@ def run(order: Order, reporter: Reporter) -> Finished:
     if gathered.metrics:
         reporter.send(Metrics(rows=tuple((name, 0, value) for name, value in gathered.metrics.items())))
     return Finished(
-        outcome="succeeded", result=gathered.result, metrics=dict(gathered.metrics), files=tuple(files)
+        outcome="succeeded", result=gathered.result, metrics=dict(gathered.metrics), files=tuple(files),
+        adopts=gathered.model,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.domain.errors import SystemFault
 from app.domain.jobs import Status
-from app.store import claims, datasets, models, tables
+from app.store import children, claims, datasets, models, tables
 from app.store.blobs import Stored
 from app.store.claims import Held
 from worker.report import Finished, MadeDataset, MadeFile
@@ -61,7 +61,7 @@ def finish(session: Session, held: Held, job: tables.Job, finished: Finished, ma
         Fenced
     """
     keeps = made.keeps and claims.may_publish(session, held)
-    model_id = None
+    model_id = children.model_of_one(session, job, finished.adopts) if keeps and finished.adopts else None
     if keeps and finished.model is not None:
         model = finished.model
         model_id = models.publish(

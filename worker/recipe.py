@@ -212,6 +212,7 @@ class Gathered:
     result: dict[str, Any]
     metrics: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
+    model: str | None = None  # of a child: the model that this job gives, too
 
 
 Build = Callable[[Any, nn.Module, Info], nn.Module]
@@ -242,3 +243,4 @@ class Recipe:
     apply: Callable[[Context], Result] | None = None
     plan: PlanChildren | None = None
     gather: Gather | None = None
+    gives_model: bool = False  # `gather` names a model, so another job may start from this one

@@ -165,6 +165,7 @@ class Finished(Message):
     files: tuple[MadeFile, ...] = ()
     model: MadeModel | None = None
     dataset: MadeDataset | None = None
+    adopts: str | None = None  # the id of a child's model that this job gives as its own
     children: tuple[dict[str, Any], ...] = ()  # with outcome `children`: the specs of the next round
 
 

@@ -27,6 +27,7 @@ class Requirements(Out):
     min_classes: int = 0
     architectures: list[str] | None = Field(default=None, description="Families; null is any.")
     reason: str | None = None
+    gives_model: bool = Field(default=False, description="An `apply` recipe whose job another one may start from.")
     plans: bool = Field(default=False, description="It runs other jobs, its children, and holds no slot meanwhile.")
 
 

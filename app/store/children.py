@@ -48,3 +48,12 @@ def ended(session: Session, parent: tables.Job) -> tuple[tables.Json, ...]:
         }
         for child in rows
     )  # fmt: skip
+
+
+def model_of_one(session: Session, parent: tables.Job, model_id: str) -> str | None:
+    """Give the id back if it is a model that a child of this job made and that is still there; else None."""
+    return session.scalar(
+        select(tables.Model.id)
+        .join(tables.Job, tables.Job.id == tables.Model.job_id)
+        .where(tables.Model.id == model_id, tables.Job.parent_id == parent.id, tables.Model.deleted_at.is_(None))
+    )

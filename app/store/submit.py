@@ -155,7 +155,7 @@ def _parent(session: Session, project_id: str, job_id: str) -> tuple[tables.Mode
     parent = life.lock(session, job_id)
     if parent is None or parent.project_id != project_id or parent.deleted_at is not None:
         raise NotFound(f"There is no job {job_id} in this project.", param="model")
-    if parent.kind not in _MAKES_A_MODEL:
+    if parent.kind not in _MAKES_A_MODEL and not _gives_model(session, parent):
         raise Invalid(
             f"{job_id} is a job of kind {parent.kind} and makes no model; name a pretrain or finetune job.",
             param="model", details=[Detail(pointer="/model", message="This job makes no model.")],
@@ -170,6 +170,12 @@ def _parent(session: Session, project_id: str, job_id: str) -> tuple[tables.Mode
     if parent.model_id is not None:
         return _base_model(session, project_id, parent.model_id, at="model"), None
     return None, parent
+
+
+def _gives_model(session: Session, job: tables.Job) -> bool:
+    """Say whether a job that trains nothing itself will name the model of one of its children."""
+    recipe = recipes.find(session, job.recipe)
+    return recipe is not None and bool(recipe.requires.get("gives_model"))
 
 
 def _network(

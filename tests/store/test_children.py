@@ -159,3 +159,16 @@ def test_those_that_ended_are_told_of_in_the_order_in_which_they_were_made(engin
         told = children.ended(session, session.get_one(tables.Job, held.job_id))
     assert [(one["key"], one["result"]) for one in told] == [("z", {"of": made[0].id}), ("a", {"of": made[1].id})]
     assert {"key", "job", "status", "spec", "result", "metrics", "best", "model", "error"} == set(told[0])
+
+
+def test_a_job_may_give_only_a_model_that_a_child_of_its_own_made(engine: Engine, held: Held) -> None:
+    insert_round(engine, held, "a")
+    (child,) = children_of(engine, held)
+    with transaction(engine) as session:
+        parent, project = read(session, held), session.get_one(tables.Project, held.project_id)
+        own, other = make_model(session, project, job_id=child.id), make_model(session, project)
+        assert children.model_of_one(session, parent, own.id) == own.id
+        assert children.model_of_one(session, parent, other.id) is None
+        own.deleted_at = 1.0
+        session.flush()
+        assert children.model_of_one(session, parent, own.id) is None

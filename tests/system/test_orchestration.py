@@ -34,11 +34,16 @@ def test_one_post_asks_whether_pretraining_pays_and_one_races_methods(tmp_path: 
             recipe="method_race", model=NETWORK, training={"steps": 3},
             params={"methods": [{"recipe": "simclr"}, {"recipe": "autoencoder"}], "steps": 2},
         )  # fmt: skip
+        follows = submit(
+            recipe="image_classification", model=race, data={"labels_per_class": 2}, training={"steps": 2}
+        )  # fmt: skip
         wrong = submit(
             recipe="method_race", model=NETWORK,
             params={"methods": [{"recipe": "simclr", "params": {"temprature": 1}}, {"recipe": "vae"}]},
         )  # fmt: skip
-        ended: dict[str, Any] = {job: client.jobs.wait(job, timeout=240) for job in (asked, heads, race, wrong)}
+        ended: dict[str, Any] = {
+            job: client.jobs.wait(job, timeout=240) for job in (asked, heads, race, follows, wrong)
+        }
 
         job = ended[asked]
         assert job["status"] == "succeeded", job["error"]
@@ -67,7 +72,10 @@ def test_one_post_asks_whether_pretraining_pays_and_one_races_methods(tmp_path: 
         job = ended[race]
         assert job["status"] == "succeeded", job["error"]
         assert job["children"]["total"] == 3
-        assert client.models.get(job["result"]["winner"]["model"])["status"] == "ready"
+        assert job["model"] == job["result"]["winner"]["model"]
+        won: dict[str, Any] = dict(client.models.get(job["model"]))
+        assert (won["status"], won["lineage"]["base_model"] is not None) == ("ready", True), "it went on from round one"
+        assert ended[follows]["status"] == "succeeded", "a job may start from the winner before it is known"
 
         job = ended[wrong]
         assert (job["status"], job["error"]["class"]) == ("failed", "user")

@@ -144,7 +144,7 @@ def gather(params: MethodRaceParams, facts: Facts, children: Sequence[Child]) ->
             },
             "failed": {child.key: child.why for child in children if not child.ended_well},
         },
-        {f"winner/{name}": value for name, value in last.probes.items()},
+        {f"winner/{name}": value for name, value in last.probes.items()}, model=child.model,
     )  # fmt: skip
 
 
@@ -244,4 +244,5 @@ RECIPE = Recipe(
     Params=MethodRaceParams,
     plan=plan,
     gather=gather,
+    gives_model=True,
 )
