@@ -186,3 +186,20 @@ def test_seeds_of_neighbouring_steps_have_nothing_in_common() -> None:
     assert correlation.abs().max() < 0.15
     assert derive(1, "a", 2) == derive(1, "a", 2) != derive(1, "a2")
     assert math.isclose(draws.mean().item(), 0.5, abs_tol=0.02)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+def test_filters_in_channels_last_are_updated_as_contiguous_ones(name: str) -> None:
+    networks = [Network(), Network().to(memory_format=torch.channels_last)]  # type: ignore[call-overload]
+    states: list[dict[str, torch.Tensor]] = []
+    for network in networks:
+        made = optim.build(optim.groups(network), Optimizer(name=name, nesterov=True))  # type: ignore[arg-type]
+        for _ in range(3):
+            made.schedule(0.05, 0.01)
+            network.loss().backward()
+            made.step()
+            made.zero_grad()
+        states.append(dict(network.state_dict()))
+    for key, expected in states[0].items():
+        torch.testing.assert_close(states[1][key], expected, msg=key)
+    assert networks[1].stem.weight.is_contiguous(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from worker.parts.small_maps import take_products
 from worker.parts.tuning import Plan
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,6 +37,8 @@ def place(module: nn.Module, plan: Plan, device: torch.device) -> nn.Module:
     module.to(device)
     if plan.memory_format == "channels_last":
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if plan.small_map_products:
+        take_products(module)
     return module
 
 

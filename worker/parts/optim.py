@@ -57,7 +57,10 @@ def _names(entry: Mapping[str, Any], own: Mapping[str, nn.Parameter], names_of: 
 
 
 class Optimizers:
-    """One optimiser, or Muon for matrices and filters beside AdamW for the rest, behind one face."""
+    """One optimiser, or Muon for matrices and filters beside AdamW for the rest, behind one face.
+
+    `flat` holds, for some parameters, another shape of the same memory that is what torch's optimiser sees.
+    """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer], flat: Mapping[nn.Parameter, nn.Parameter]) -> None:
         self._parts, self._flat = list(parts), dict(flat)
@@ -72,13 +75,13 @@ class Optimizers:
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         """Undo the loss scaling of float16 before gradients are clipped."""
+        self._pass_gradients_on()
         for part in self._parts:
             scaler.unscale_(part)
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Update the weights from their gradients; under float16's scaler, unless a gradient overflowed."""
-        for parameter, flat in self._flat.items():
-            flat.grad = None if parameter.grad is None else _flatten(parameter.grad, like=parameter)
+        self._pass_gradients_on()
         for part in self._parts:
             _begin_momentum(part)
             if scaler is not None and scaler.is_enabled():
@@ -87,6 +90,11 @@ class Optimizers:
                 part.step()
         if scaler is not None and scaler.is_enabled():
             scaler.update()
+
+    def _pass_gradients_on(self) -> None:
+        for parameter, flat in self._flat.items():
+            gradient = parameter.grad
+            flat.grad = None if gradient is None else _in_memory_order(gradient, like=parameter).reshape(flat.shape)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -130,14 +138,15 @@ class Optimizers:
 def build(found: Sequence[Group], optimizer: Optimizer) -> Optimizers:
     """Make the optimiser of a run; learning rates and decay come with `schedule` before every step."""
     make = _MAKERS[optimizer.name]
-    if optimizer.name != "muon":
-        return Optimizers([make(_torch_groups(found), optimizer)], {})
+    view = _matrix if optimizer.name == "muon" else _straight
     flat = {
         parameter: shadow
         for group in found
         for name, parameter in zip(group.names, group.parameters, strict=True)
-        if (shadow := _shadow(name, parameter)) is not None
+        if (shadow := view(name, parameter)) is not None
     }
+    if optimizer.name != "muon":
+        return Optimizers([make(_torch_groups(found, flat=flat), optimizer)], flat)
     matrices = _torch_groups(found, keep=lambda parameter: parameter in flat, flat=flat)
     rest = _torch_groups(found, keep=lambda parameter: parameter not in flat)
     parts = [make(matrices, optimizer)] if matrices else []
@@ -172,23 +181,35 @@ def _torch_groups(
     return made
 
 
-def _shadow(name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+def _straight(_name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    """Give the same memory as a contiguous tensor, where it is not one: filters in channels_last.
+
+    Fused kernels on a CPU copy whatever is not contiguous, there and back: ResNet-18's 11 million weights take sgd 13.8
+    ms as channels_last filters, 4.1 ms in the order in which they lie in memory.
+    """
+    if parameter.is_contiguous() or not _is_channels_last(parameter):
+        return None
+    return nn.Parameter(_in_memory_order(parameter.detach(), like=parameter))
+
+
+def _matrix(name: str, parameter: nn.Parameter) -> nn.Parameter | None:
     """Give the same memory as a matrix [filters, the rest], because torch's Muon takes nothing else.
 
     None for what AdamW should have: vectors, tokens, and the head, whose rows are classes rather than directions.
     """
     if parameter.ndim < 2 or name.startswith("head.") or name.rpartition(".")[2] in _NEVER_DECAYED:
         return None
-    matrix = _flatten(parameter.detach(), like=parameter)
+    # The order of the columns does not matter to an orthogonal update.
+    matrix = _in_memory_order(parameter.detach(), like=parameter).reshape(len(parameter), -1)
     return nn.Parameter(matrix) if matrix.data_ptr() == parameter.data_ptr() else None
 
 
-def _flatten(tensor: Tensor, *, like: Tensor) -> Tensor:
-    if tensor.ndim == 2:
-        return tensor
-    if like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
-        tensor = tensor.permute(0, 2, 3, 1)  # the order of the columns does not matter to an orthogonal update
-    return tensor.reshape(len(tensor), -1)
+def _in_memory_order(tensor: Tensor, *, like: Tensor) -> Tensor:
+    return tensor.permute(0, 2, 3, 1) if not like.is_contiguous() and _is_channels_last(like) else tensor
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _sgd(groups: list[dict[str, Any]], wanted: Optimizer) -> torch.optim.Optimizer:

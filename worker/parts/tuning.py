@@ -49,6 +49,7 @@ class Plan(BaseModel):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     cache: Literal["resident", "memory_map", "stream"]
+    small_map_products: bool = False  # see parts/small_maps.py
     prefix_views: int = 0  # views of every sample whose frozen prefix is cached; 0 is no such cache
     log_every: int
     probe_every: int = 0  # epochs; 0 is never
@@ -179,7 +180,8 @@ def resolve(
             else ("contiguous", "this network has no spatial convolutions to speak of"),
         ),
         float32_matmul=_matmul(hardware, reasons),
-        compile=_compile(training, hardware, reasons),
+        compile=(compiled := _compile(training, hardware, reasons)),
+        small_map_products=hardware.device == "cpu" and not compiled,
         deterministic=training.deterministic,
         batch_size=batch,
         accumulate=accumulate,

