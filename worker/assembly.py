@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
-from app.domain.errors import DataFault, UserFault
+from app.domain.errors import DataFault, ResourceFault, SystemFault, UserFault
 from app.domain.models import ModelConfig
 from app.domain.spec import Architecture, Spec
 from worker import catalogue, evaluate
@@ -21,6 +21,7 @@ from worker.data.shelf import Shelf
 from worker.data.source import Data, Source, in_order, part
 from worker.data.split import reduced, split_labels
 from worker.parts import architectures, backbones, compute, small_networks, tuning
+from worker.parts.recompute import recompute_stages
 from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
 from worker.parts.weights import normalisation
@@ -130,6 +131,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
             plan = plan.model_copy(
                 update={"prefix_views": features.view_count(augmented=prepare is not None, epochs=plan.epochs)}
             )
+    if plan.checkpoint_activations:
+        recompute_stages(cast(Any, objective).backbone)
     return Assembly(spec, recipe, params, plan, network, info, objective, data, device, facts)
 
 
@@ -185,9 +188,27 @@ def read_spec(value: dict[str, Any]) -> tuple[Spec, Recipe, Params]:
 
 
 def choose_device(spec: Spec, order: Order) -> torch.device:
-    """Give the device of the order, unless the job wants the CPU."""
-    if spec.resources.device == "cpu" or not order.device.startswith("cuda"):
+    """Give the device of the order, unless the job wants the CPU.
+
+    Raises:
+        ResourceFault: the job wants a GPU and was given none, which a server's queue never does.
+        SystemFault: the GPU of the order does not answer.
+    """
+    wanted = spec.resources.device
+    if not order.device.startswith("cuda"):
+        if wanted == "cuda":
+            raise ResourceFault(
+                "resources.device: the job asks for a GPU (cuda), and this machine has none.", code="no_such_device",
+                hint='Set resources.device to "auto" or "cpu", or run it where there is a GPU.',
+            )  # fmt: skip
         return torch.device("cpu")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SystemFault(
+            f"The GPU of this worker ({order.device}) does not answer.", code="device_lost",
+            hint="Look at its driver (nvidia-smi); another worker may go on.",
+        )  # fmt: skip
     return torch.device(order.device)
 
 

@@ -6,7 +6,6 @@ would not do: safetensors writes them in no fixed order.
 """
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Mapping
@@ -20,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from app.domain.errors import ResourceFault, SystemFault
+from worker.disk import is_full
 from worker.report import Reporter, Saved
 
 FORMAT = 1
 KEEP = 2  # newest ones that stay in scratch, beside the best
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def write(path: Path, contents: Contents) -> None:
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if _is_full(error):
+        if is_full(error):
             raise ResourceFault(
                 f"The disk is full: a checkpoint of {size_bytes(contents.tensors) / 1e6:.0f} MB could not be written.",
                 code="disk_full", hint="Free space on the worker, then /retry from the last checkpoint.",
@@ -151,10 +150,3 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_full(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _FULL
-    text = str(error)  # the Rust side gives the system's message only as text
-    return any(f"os error {code}" in text for code in _FULL) or "StorageFull" in text

@@ -1,12 +1,12 @@
 """How a run can die, and what that means for its job: user, resource or system, worth another attempt or not. Pure
 but for the kernel's counter."""
 
-import errno
 import signal
 from pathlib import Path
 from typing import Literal
 
 from app.domain.errors import Failure
+from worker.disk import is_full
 
 # Why a trainer was killed by its own supervisor.
 Verdict = Literal["fenced", "hung", "protocol", "cancelled", "drained", "silent"]
@@ -14,7 +14,7 @@ Verdict = Literal["fenced", "hung", "protocol", "cancelled", "drained", "silent"
 
 def failure_of_supervisor(error: Exception) -> Failure:
     """Class what went wrong in the supervisor itself: a full disk, or something that another attempt may not meet."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return Failure(
             fault="resource", code="disk_full", message=f"The disk of the worker is full: {error}.",
             hint="Free some space, or lower TUNEYARD_CACHE_BYTES, then /retry.", phase="publish",
@@ -42,6 +42,8 @@ def failure_of_death(verdict: Verdict | None, code: int | None, *, out_of_memory
         name, message = "trainer_killed", "The trainer was killed."
     elif code < 0:
         name, message = "trainer_crashed", f"The trainer crashed ({_signal_name(-code)})."
+        if code == -signal.SIGBUS:
+            hint = "A file that it had mapped into memory was cut short, or cannot be read: look at the disk."
     else:
         name, message = "trainer_exited", f"The trainer exited with code {code} without a result."
     return Failure(fault="system", code=name, message=message, hint=hint, phase="run", retryable=True)

@@ -104,7 +104,9 @@ def stage(
 
     def bring(sha256: str, name: str) -> str:
         check()
-        return str(_link(cache.bring(blobs, home_cache / "blobs", sha256), scratch.inputs / name))
+        # After a loss everything is looked at again: the trainer may have found that a file changed on this disk.
+        brought = cache.bring(blobs, home_cache / "blobs", sha256, again=job.losses > 0)
+        return str(_link(brought, scratch.inputs / name))
 
     dataset = inputs.dataset
     if dataset is not None and not inputs.plans:

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import errno
 import json
 import shutil
 import socket
@@ -23,6 +22,7 @@ from worker import alone, application, catalogue, evaluate, ingest, loop, measur
 from worker.announce import announce
 from worker.assembly import Assembly, assemble, picture_rows, start
 from worker.checkpoint import Checkpoints
+from worker.disk import is_full
 from worker.ingest import model as imported
 from worker.ingest.dataset import LIMITS
 from worker.loop import Result
@@ -81,7 +81,7 @@ _OUTCOMES: dict[str, Any] = {"cancel": "cancelled", "stop": "cancelled", "pause"
 
 
 def train(order: Order, reporter: Reporter) -> Finished:
-    """Train as ordered; after running out of memory with half the micro-batch, from the last checkpoint."""
+    """Train as ordered; after running out of memory in a way that takes less, from the last checkpoint."""
     newest = Path(order.checkpoint) if order.checkpoint else None
     checkpoints = Checkpoints(Path(order.scratch), reporter, newest=newest)
     plan = _plan_of(order, checkpoints)
@@ -182,14 +182,29 @@ def _pictures(made: Assembly, scratch: Path) -> list[MadeFile]:
 
 
 def _with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Plan:
-    """Halve the micro-batch, where that is the same computation but for batch norm; else say what would fit."""
+    """Halve the micro-batch, where that is the same computation but for batch norm; else keep fewer activations.
+
+    Raises:
+        ResourceFault: neither is left to do; the hint says what would fit.
+    """
     plan = made.plan
     micro = plan.batch_size // plan.accumulate
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()
     if bool(cast(Any, made.objective).couples_batch):
+        if not plan.checkpoint_activations:
+            reporter.event(
+                "memory.activations_recomputed",
+                f"Out of memory: the loss of {made.recipe.name} ties the {micro} samples of a batch together, so it is "
+                "not split; activations are computed a second time instead of being kept, which takes about a third "
+                "longer.", level="warning", batch_size=micro,
+            )  # fmt: skip
+            why = {**plan.reasons, "checkpoint_activations": f"a batch of {micro} did not fit into memory without"}
+            return plan.model_copy(update={"checkpoint_activations": True, "compile": False, "reasons": why})
         fits = measure.largest_batch(made, micro // 2)
         raise ResourceFault(
-            f"A batch of {micro} does not fit into memory, and it is not split, because the loss of {made.recipe.name} "
-            "ties its samples together.", code="out_of_memory",
+            f"A batch of {micro} does not fit into memory even when activations are computed twice, and it is not "
+            f"split, because the loss of {made.recipe.name} ties its samples together.", code="out_of_memory",
             hint=f"Set training.batch_size to {fits}." if fits else "Use a smaller network or smaller images.",
         ) from error  # fmt: skip
     if micro == 1 or micro % 2:
@@ -203,8 +218,6 @@ def _with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> P
         f"Out of memory: each batch of {plan.batch_size} now goes in parts of {micro // 2} whose gradients add up. "
         "Batch norm sees the smaller parts.", level="warning", micro_batch=micro // 2,
     )  # fmt: skip
-    if plan.device == "cuda":
-        torch.cuda.empty_cache()
     why = {**plan.reasons, "accumulate": f"a micro-batch of {micro} did not fit into memory"}
     return plan.model_copy(update={"accumulate": plan.accumulate * 2, "reasons": why})
 
@@ -217,7 +230,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _translated(error: Exception, reporter: Reporter) -> JobFault:
     """Class what nobody foresaw; the end of the trace goes into the job's log."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return ResourceFault(
             f"The disk of the worker is full: {error}.", code="disk_full", hint="Free some space, then /retry."
         )

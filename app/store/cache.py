@@ -1,14 +1,17 @@
 """Local copies of blobs, for whoever needs a file: a memory map, a trainer. Least recently used goes first."""
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
 from app.store.blobs import Blobs
 
 
-def bring(blobs: Blobs, folder: Path, sha256: str) -> Path:
+def bring(blobs: Blobs, folder: Path, sha256: str, *, again: bool = False) -> Path:
     """Give a verified local copy, linked where the store is on this disk; a file appears only after its hash was taken.
+
+    With `again` the hash of a copy that is here already is taken once more, and a damaged one is fetched anew.
 
     Raises:
         MissingBlob, CorruptBlob: there is none, or not the right one.
@@ -16,10 +19,18 @@ def bring(blobs: Blobs, folder: Path, sha256: str) -> Path:
     path = folder / sha256
     try:
         os.utime(path)
+        if again and _digest(path) != sha256:
+            path.unlink()
+            raise FileNotFoundError(path)
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
         blobs.fetch(sha256, path)
     return path
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def trim(folder: Path, budget: int, *, local_store: bool) -> None:

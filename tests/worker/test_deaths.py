@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -29,6 +30,12 @@ def test_the_class_of_a_death(
 ) -> None:
     failure = failure_of_death(verdict, code, out_of_memory=out_of_memory, losses=losses)
     assert (failure.fault, failure.code, failure.retryable) == expected
+
+
+def test_a_mapped_file_that_was_cut_short_is_hinted_at() -> None:
+    failure = failure_of_death(None, -signal.SIGBUS, out_of_memory=False, losses=0)
+    assert (failure.fault, failure.code, failure.retryable) == ("system", "trainer_crashed", True)
+    assert "cut short" in str(failure.hint)
 
 
 def test_the_kernels_count_of_memory_kills_is_read() -> None:

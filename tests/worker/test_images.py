@@ -1,5 +1,6 @@
 """Decoded images: once, by one rule, shared safely, within a budget, or while training."""
 
+import hashlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -112,6 +113,8 @@ def test_a_row_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     facts = sets.write_set(tmp_path / "set", {"train": (pixels, labels)})
     path = Path(str(facts.shards[0].path))
     path.write_bytes(path.read_bytes().replace(b"IHDR", b"IHDX", 1))
+    shard = facts.shards[0].model_copy(update={"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    facts = facts.model_copy(update={"shards": (shard,)})
     with pytest.raises(DataFault, match=r"train/0\.png \(train row 0\) cannot be decoded"):
         opened(facts, tmp_path)
     assert list((tmp_path / "images").glob("[!.]*")) == [], "nothing half is left to be found"
@@ -157,6 +160,19 @@ def test_a_builder_that_failed_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("[!.]*")] == []
     assert not list(tmp_path.glob(".a.[0-9]*"))
     assert (entry(shelf, "a", 10) / "x").stat().st_size == 10
+
+
+@pytest.mark.parametrize("name", ["pixels", "labels"])
+def test_a_cache_that_was_cut_short_is_made_anew(name: str, facts: DatasetFacts, tmp_path: Path) -> None:
+    first, _ = opened(facts, tmp_path)
+    before = first.batch(torch.arange(12))
+    (folder,) = (tmp_path / "images").glob("[!.]*")
+    kept = (folder / name).read_bytes()
+    (folder / name).unlink()
+    (folder / name).write_bytes(kept[:-5])
+    again, heard = opened(facts, tmp_path)
+    assert heard.codes() == ["data.decoded"]
+    assert all(torch.equal(value, before[key]) for key, value in again.batch(torch.arange(12)).items())
 
 
 def test_what_a_run_maps_survives_its_removal(facts: DatasetFacts, tmp_path: Path) -> None:

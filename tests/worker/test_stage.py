@@ -89,6 +89,20 @@ def test_what_the_cache_loses_a_running_job_keeps(engine: Engine, blobs: Blobs, 
     assert len(bytes_of(staged.order.dataset.shards[0].path)) == shards[0].bytes
 
 
+def test_after_a_loss_the_copies_that_are_here_are_hashed_again(engine: Engine, blobs: Blobs, own: Settings) -> None:
+    job_id, shards = job_on_shards(engine, blobs, 1)
+    prepare(engine, blobs, own, job_id)
+    copy = own.home_path / "cache" / "blobs" / shards[0].sha256
+    copy.unlink()
+    copy.write_bytes(b"rot")
+    for losses, found in ((0, b"rot"), (1, bytes_of(str(blobs.path(shards[0].sha256))))):
+        with transaction(engine) as session:
+            session.get_one(tables.Job, job_id).losses = losses
+        staged, _ = prepare(engine, blobs, own, job_id)
+        assert staged.order.dataset is not None
+        assert bytes_of(staged.order.dataset.shards[0].path) == found
+
+
 def test_a_damaged_shard_is_a_system_fault_and_never_reaches_the_trainer(
     engine: Engine, blobs: Blobs, own: Settings
 ) -> None:

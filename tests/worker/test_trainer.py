@@ -209,7 +209,7 @@ def test_a_loss_that_couples_its_batch_is_never_split_and_the_fault_names_what_f
     heard, last = failed(sets.order(sets.spec("simclr", training={"batch_size": 64}), digits, tmp_path))
     assert (last.error.fault, last.error.code) == ("resource", "out_of_memory")
     assert last.error.hint == "Set training.batch_size to 16."
-    assert len(heard.of(Planned)) == 1
+    assert [message.plan["checkpoint_activations"] for message in heard.of(Planned)] == [False, True]
 
 
 def test_a_crash_is_a_system_fault_with_its_trace_in_the_log(

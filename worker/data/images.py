@@ -21,6 +21,7 @@ from torch import Tensor
 from app.domain.datasets import SPLITS, DatasetFacts
 from app.domain.errors import DataFault
 from worker.data.shelf import Shelf
+from worker.data.staged import Staged
 from worker.parts.decode import Undecodable, decode
 from worker.recipe import Batch
 from worker.report import Reporter
@@ -78,20 +79,28 @@ class Streamed:
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:  # noqa: ARG002 (the same in every epoch)
         """Decode the rows of these numbers."""
         channels, size = self.shape
+        self.encoded.check()
         made = self.pool.map(lambda row: self.encoded.decoded(row, channels, size), rows.tolist())
         return {"image": torch.stack(list(made)), "label": self.labels[rows], "index": rows + self.first}
 
 
 class Encoded:
-    """The encoded bytes of one split: Arrow shards mapped into memory, read by row."""
+    """The encoded bytes of one split: Arrow shards mapped into memory, read by row.
+
+    Raises:
+        SystemFault: a shard is not what ingest wrote.
+    """
 
     def __init__(self, facts: DatasetFacts, split: str) -> None:
         self.split = split
+        self._staged: list[Staged] = []
         columns: list[pa.ChunkedArray] = []
         labels: list[np.ndarray] = []
         for shard in sorted((s for s in facts.shards if s.split == split), key=lambda s: s.index):
-            assert shard.path is not None
-            table = pa.ipc.open_stream(pa.memory_map(shard.path)).read_all()
+            staged = Staged(shard, facts.id)
+            staged.check()
+            self._staged.append(staged)
+            table = pa.ipc.open_stream(pa.memory_map(staged.path)).read_all()
             columns.append(table["image"])
             if "label" in table.column_names:
                 labels.append(table["label"].fill_null(-1).to_numpy().astype(np.int64))
@@ -105,6 +114,15 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def check(self) -> None:
+        """Make sure that the shards are still what ingest wrote; asked before every batch and after the last.
+
+        Raises:
+            SystemFault: one is not.
+        """
+        for staged in self._staged:
+            staged.check()
 
     def decoded(self, row: int, channels: int, size: int) -> Tensor:
         """Decode one row to uint8 [channels, size, size].
@@ -145,6 +163,7 @@ def open_images(
 
     Raises:
         DataFault: a row cannot be decoded.
+        SystemFault: a shard is not what ingest wrote.
         ResourceFault: the disk is full.
     """
     rows = facts.splits.get(split, 0)
@@ -169,9 +188,16 @@ def open_images(
         )  # fmt: skip
         return _stream(facts, split, first, channels, image_size, threads, key)
     folder = shelf.get(key, needed, make, waiting=lambda: tick(next(waits)))
+    if _size(folder) != (needed - rows * 8, rows * 8):  # cut short: a memory map of it would end in a fatal signal
+        shelf.remove(key)
+        folder = shelf.get(key, needed, make, waiting=lambda: tick(next(waits)))
     code, text = ("data.decoded", "Decoded") if made else ("data.cached", "Found decoded before:")
     reporter.event(code, f"{text} {rows} {split} images at {image_size} pixels.", split=split, rows=rows, bytes=needed)
     return _mapped(folder, rows, channels, image_size, first, key)
+
+
+def _size(folder: Path) -> tuple[int, ...]:
+    return tuple((folder / name).stat().st_size if (folder / name).exists() else 0 for name in ("pixels", "labels"))
 
 
 def _key(facts: DatasetFacts, split: str, image_size: int, channels: int) -> str:
@@ -202,6 +228,7 @@ def _decode_all(encoded: Encoded, folder: Path, channels: int, size: int, thread
     total, squares = torch.zeros(2, channels, dtype=torch.float64)
 
     def chunk(start: int) -> tuple[Tensor, Tensor]:
+        encoded.check()
         part = pixels[start : start + CHUNK]
         for offset in range(len(part)):
             part[offset] = encoded.decoded(start + offset, channels, size)
@@ -211,7 +238,8 @@ def _decode_all(encoded: Encoded, folder: Path, channels: int, size: int, thread
         for number, (sums, squared) in enumerate(pool.map(chunk, range(0, rows, CHUNK))):
             total, squares = total + sums, squares + squared
             tick(min((number + 1) * CHUNK, rows), rows)
-    encoded.labels.numpy().tofile(folder / "labels")
+    encoded.check()
+    (folder / "labels").write_bytes(encoded.labels.numpy().tobytes())  # `tofile` hides why it fails
     mean, std = _normalisation(total, squares, rows * size * size)
     (folder / "about.json").write_text(json.dumps({"mean": mean, "std": std}))
 

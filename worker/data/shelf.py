@@ -5,7 +5,6 @@ is just making waits for it. When the budget is full, what was not used for long
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.domain.errors import ResourceFault
+from worker.disk import is_full
 
 FREE_FLOOR_BYTES = 256 * 2**20
 WAIT_SECONDS = 0.1
@@ -58,7 +58,7 @@ class Shelf:
                 make(partial)
                 partial.rename(entry)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if is_full(error):
                     raise ResourceFault(
                         f"The disk is full: {needed_bytes / 1e6:.0f} MB of decoded data could not be kept.",
                         code="disk_full", hint="Free space on the worker, or lower TUNEYARD_CACHE_BYTES, then /retry.",
@@ -67,6 +67,13 @@ class Shelf:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         return entry
+
+    def remove(self, key: str) -> None:
+        """Remove an entry that turned out to be damaged; who reads it keeps its bytes."""
+        entry, gone = self._folder / key, self._folder / f".gone.{key}.{os.getpid()}"
+        with contextlib.suppress(OSError):
+            entry.rename(gone)  # so that nobody ever sees half an entry
+            shutil.rmtree(gone, ignore_errors=True)
 
     @contextmanager
     def _making(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
@@ -101,11 +108,8 @@ class Shelf:
             free = shutil.disk_usage(self._folder).free
             if total + needed_bytes <= self._budget and free >= needed_bytes + FREE_FLOOR_BYTES:
                 break
-            gone = self._folder / f".gone.{entry.name}.{os.getpid()}"
-            with contextlib.suppress(OSError):
-                entry.rename(gone)  # so that nobody ever sees half an entry
-                shutil.rmtree(gone, ignore_errors=True)
-                total -= size
+            self.remove(entry.name)
+            total -= size
 
 
 def _use(entry: Path) -> bool:

@@ -1,6 +1,5 @@
 """From an upload to a dataset: recognise, read, decode once, write shards, report."""
 
-import errno
 import hashlib
 import os
 import queue
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from app.domain.datasets import DatasetFacts, OnError, Shard
 from app.domain.errors import DataFault, ResourceFault, UserFault
+from worker.disk import is_full
 from worker.ingest import Interrupted, builtin, formats, sandbox
 from worker.ingest.archive import Bytes, Problem, Refused, shown
 from worker.ingest.inspectors import Inspector, Verdicts, vet_all
@@ -117,7 +117,7 @@ def _make(
             hint="write smaller row groups, or pack the images as files",
         ) from error  # fmt: skip
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise ResourceFault(
                 "the disk of the worker is full", code="disk_full", phase="ingest", hint="free some space and retry"
             ) from error

@@ -38,6 +38,7 @@ class Plan(BaseModel):
     deterministic: bool
     batch_size: int
     accumulate: int
+    checkpoint_activations: bool = False  # stages of the backbone run twice a step; only after memory ran out
     learning_rate: float
     optimizer: dict[str, Any]
     epochs: int
