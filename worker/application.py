@@ -19,6 +19,7 @@ from worker import catalogue
 from worker.announce import announce
 from worker.assembly import Network, choose_device, choose_network, fits, read_spec, start_backbone
 from worker.data import features
+from worker.data.encoded import in_bytes
 from worker.data.images import Images, Streamed, open_images
 from worker.data.shelf import Shelf
 from worker.data.source import Data, ahead, in_order, part
@@ -181,7 +182,7 @@ class Seen:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def images(self, numbers: Tensor) -> Tensor:
-        """Give uint8 [n, channels, size, size] of samples by number."""
+        """Give uint8 [n, channels, size, size] of samples by number; of 16 bits the upper half."""
         made = torch.empty(
             len(numbers), self.network.channels, self.network.image_size, self.network.image_size, dtype=torch.uint8
         )
@@ -191,7 +192,7 @@ class Seen:
             source = self._source(split)
             inside = ((numbers >= source.first) & (numbers < source.first + len(source))).nonzero().squeeze(1)
             if len(inside):
-                made[inside] = source.batch(numbers[inside] - source.first)["image"].cpu()
+                made[inside] = in_bytes(source.batch(numbers[inside] - source.first)["image"]).cpu()
         return made
 
     def _source(self, split: str) -> Images | Streamed:

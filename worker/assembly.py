@@ -70,6 +70,7 @@ class Assembly:
             head=_head_options(self.params) if head is not None else None,
             image_size=self.plan.image_size,
             channels=self.plan.channels,
+            bits=self.facts.bits,
             mean=self.plan.mean,
             std=self.plan.std,
         )

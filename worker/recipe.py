@@ -13,9 +13,10 @@ from app.domain.datasets import DatasetFacts
 from app.domain.models import ModelConfig
 from app.domain.spec import Spec
 
-# What a source gives: "image" uint8 [batch, channels, height, width], "label" int64 [batch] (-1 = no label), "index"
-# int64 [batch] (the sample's number). `inputs` may add, replace or drop keys. Every tensor whose key starts with
-# "image" is, when `inputs` is done with it, either uint8 or float in [0, 1]; the loop then normalises it per channel.
+# What `inputs` is given: "image" [batch, channels, height, width], uint8, or float in [0, 1] for a dataset of 16 bits;
+# "label" int64 [batch] (-1 = no label); "index" int64 [batch] (the sample's number). It may add, replace or drop keys.
+# Every tensor whose key starts with "image" is, when `inputs` is done with it, of one of these two kinds as well; the
+# loop then normalises it per channel.
 Batch = dict[str, Tensor]
 Kind = Literal["pretrain", "finetune", "apply"]
 

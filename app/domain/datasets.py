@@ -53,4 +53,5 @@ class DatasetFacts(BaseModel):
     labelled: dict[str, int]  # rows with a label, by split
     image_sizes: dict[str, int]  # "min_height", "max_height", "min_width", "max_width"
     channels: int
+    bits: int = 8  # of a channel: 16 where any image has that many
     shards: tuple[Shard, ...]

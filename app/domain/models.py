@@ -19,7 +19,7 @@ class ModelConfig(BaseModel):
 
     `architecture` is the object that built it (`{"architecture": "resnet18", "stem": "small", …}`); `classes` is empty
     for a backbone without a head. An image enters as float32 in [0, 1], resized to `image_size` with `interpolation`,
-    then `(x - mean) / std` per channel.
+    then `(x - mean) / std` per channel; `bits` is how many each channel of the training images had, 8 or 16.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +30,7 @@ class ModelConfig(BaseModel):
     head: dict[str, Any] | None = None
     image_size: int
     channels: int = 3
+    bits: int = 8
     interpolation: str = "bilinear"
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,15 +59,30 @@ def write_set(
         labelled={split: int((labels >= 0).sum()) for split, (_, labels) in splits.items()},
         image_sizes={f"{end}_{side}": first.shape[1 + at] for end in ("min", "max")
                      for at, side in enumerate(("height", "width"))},
-        channels=1 if first.ndim == 3 else 3, shards=tuple(shards),
+        channels=1 if first.ndim == 3 else 3, bits=8 * first.dtype.itemsize, shards=tuple(shards),
     )  # fmt: skip
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
-    """Encode one image."""
+    """Encode one image; uint16 as a PNG of 16 bits."""
+    if pixels.dtype == np.uint16:
+        return png_of_16_bits(pixels)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind)
     return stream.getvalue()
+
+
+def png_of_16_bits(pixels: np.ndarray) -> bytes:
+    """Encode [height, width] or [height, width, 3] of uint16, which Pillow cannot do in colour."""
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
 
 
 # The smallest network that has everything: convolutions, batch norm, pooling.

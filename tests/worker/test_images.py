@@ -15,7 +15,7 @@ import torchvision.transforms.v2.functional as v2
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import DataFault
 from tests.worker import sets
-from worker.data import images
+from worker.data import encoded
 from worker.data.images import Images, Streamed, native_size, open_images
 from worker.data.shelf import Shelf
 from worker.data.source import ahead, in_order, part
@@ -87,7 +87,7 @@ def test_grey_becomes_colour_and_colour_grey(facts: DatasetFacts, digits: Datase
 
 def test_the_second_use_decodes_nothing(facts: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = opened(facts, tmp_path)
-    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(encoded, "decode", lambda *_: pytest.fail("decoded again"))
     again, heard = opened(facts, tmp_path)
     assert heard.codes() == ["data.cached"]
     assert torch.equal(again.batch(torch.arange(12))["image"], first.batch(torch.arange(12))["image"])

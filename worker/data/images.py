@@ -1,7 +1,6 @@
-"""Images of a dataset's split as uint8 rows: decoded once into a memory map beside the worker, or while training.
+"""Images of a dataset's split as integer rows: decoded once into a memory map beside the worker, or while training.
 
-Every image is resized to a square (bilinear, antialiased) with torchvision's own function on bytes, so that the lines
-in a model card repeat it bit for bit. Nothing is cut off: what lies at the edge of a picture may be its subject.
+Where a dataset has images of 16 bits, all its rows are uint16, else uint8.
 """
 
 import hashlib
@@ -11,18 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
-import torchvision.transforms.v2.functional as v2
 from torch import Tensor
 
 from app.domain.datasets import SPLITS, DatasetFacts
-from app.domain.errors import DataFault
+from worker.data.encoded import Encoded
 from worker.data.shelf import Shelf
-from worker.data.staged import Staged
-from worker.parts.decode import Undecodable, decode
 from worker.recipe import Batch
 from worker.report import Reporter
 from worker.ticker import Ticker
@@ -35,7 +31,7 @@ CHUNK = 256
 class Images:
     """The decoded rows of one split, mapped from disk."""
 
-    pixels: Tensor  # uint8 [rows, channels, size, size]
+    pixels: Tensor  # uint8 or uint16 [rows, channels, size, size]
     labels: Tensor  # int64 [rows], -1 = no label
     first: int  # the number of the first sample, counted over all splits
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
@@ -53,7 +49,7 @@ class Images:
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:  # noqa: ARG002 (the same in every epoch)
         """Give the rows of these numbers."""
         return {
-            "image": self.pixels.index_select(0, rows.to(self.pixels.device)),
+            "image": _as_kept(_movable(self.pixels).index_select(0, rows.to(self.pixels.device)), self.pixels),
             "label": self.labels[rows],
             "index": rows + self.first,
         }
@@ -63,7 +59,7 @@ class Images:
 class Streamed:
     """The rows of one split, decoded whenever they are read."""
 
-    encoded: "Encoded"
+    encoded: Encoded
     labels: Tensor
     first: int
     mean: tuple[float, ...]
@@ -80,77 +76,18 @@ class Streamed:
         """Decode the rows of these numbers."""
         channels, size = self.shape
         self.encoded.check()
-        made = self.pool.map(lambda row: self.encoded.decoded(row, channels, size), rows.tolist())
-        return {"image": torch.stack(list(made)), "label": self.labels[rows], "index": rows + self.first}
+        made = list(self.pool.map(lambda row: self.encoded.decoded(row, channels, size), rows.tolist()))
+        images = _as_kept(torch.stack([_movable(image) for image in made]), made[0])
+        return {"image": images, "label": self.labels[rows], "index": rows + self.first}
 
 
-class Encoded:
-    """The encoded bytes of one split: Arrow shards mapped into memory, read by row.
-
-    Raises:
-        SystemFault: a shard is not what ingest wrote.
-    """
-
-    def __init__(self, facts: DatasetFacts, split: str) -> None:
-        self.split = split
-        self._staged: list[Staged] = []
-        columns: list[pa.ChunkedArray] = []
-        labels: list[np.ndarray] = []
-        for shard in sorted((s for s in facts.shards if s.split == split), key=lambda s: s.index):
-            staged = Staged(shard, facts.id)
-            staged.check()
-            self._staged.append(staged)
-            table = pa.ipc.open_stream(pa.memory_map(staged.path)).read_all()
-            columns.append(table["image"])
-            if "label" in table.column_names:
-                labels.append(table["label"].fill_null(-1).to_numpy().astype(np.int64))
-            else:
-                labels.append(np.full(len(table), -1, np.int64))
-        chunks = [chunk for column in columns for chunk in column.chunks]
-        self._bytes = [chunk.field("bytes") for chunk in chunks]
-        self._paths = [chunk.field("path") for chunk in chunks]
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
-        self.labels = torch.from_numpy(np.concatenate(labels)) if labels else torch.empty(0, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def check(self) -> None:
-        """Make sure that the shards are still what ingest wrote; asked before every batch and after the last.
-
-        Raises:
-            SystemFault: one is not.
-        """
-        for staged in self._staged:
-            staged.check()
-
-    def decoded(self, row: int, channels: int, size: int) -> Tensor:
-        """Decode one row to uint8 [channels, size, size].
-
-        Raises:
-            DataFault: it cannot be decoded; the message names the file and the row.
-        """
-        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        place = row - int(self._starts[chunk])
-        try:
-            # Arrow calls its bytes signed; the decoder compares them with 0xFF.
-            data = memoryview(self._bytes[chunk][place].as_buffer()).cast("B")
-            return fit(decode(data), channels, size)
-        except Undecodable as error:
-            name = self._paths[chunk][place].as_py()
-            raise DataFault(
-                f"{name or 'An image'} ({self.split} row {row}) cannot be decoded: {error}.", code="undecodable_image",
-                hint="Upload the dataset again without it.",
-            ) from error  # fmt: skip
+def _movable(pixels: Tensor) -> Tensor:
+    """Give the same memory as a type that torch can index and stack: uint16 is hardly more than storage."""
+    return pixels.view(torch.int16) if pixels.dtype == torch.uint16 else pixels
 
 
-def fit(image: Tensor, channels: int, size: int) -> Tensor:
-    """Bring a decoded image [1 or 3, height, width] to uint8 [channels, size, size]."""
-    if image.dtype == torch.uint16:
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    if len(image) != channels:
-        image = image.expand(3, -1, -1) if channels == 3 else v2.rgb_to_grayscale(image)
-    return image if image.shape[1:] == (size, size) else v2.resize(image, [size, size], antialias=True)
+def _as_kept(moved: Tensor, like: Tensor) -> Tensor:
+    return moved.view(torch.uint16) if like.dtype == torch.uint16 else moved
 
 
 def open_images(
@@ -169,7 +106,7 @@ def open_images(
     rows = facts.splits.get(split, 0)
     first = sum(facts.splits.get(before, 0) for before in SPLITS[: SPLITS.index(split)])  # type: ignore[arg-type]
     key = _key(facts, split, image_size, channels)
-    needed = rows * channels * image_size**2 + rows * 8
+    needed = rows * channels * image_size**2 * (facts.bits // 8) + rows * 8
     shelf = Shelf(cache / "images", cache_bytes)
     made = False
 
@@ -193,7 +130,7 @@ def open_images(
         folder = shelf.get(key, needed, make, waiting=lambda: tick(next(waits)))
     code, text = ("data.decoded", "Decoded") if made else ("data.cached", "Found decoded before:")
     reporter.event(code, f"{text} {rows} {split} images at {image_size} pixels.", split=split, rows=rows, bytes=needed)
-    return _mapped(folder, rows, channels, image_size, first, key)
+    return _mapped(folder, (rows, channels, image_size, image_size), facts.bits, first, key)
 
 
 def _size(folder: Path) -> tuple[int, ...]:
@@ -201,19 +138,21 @@ def _size(folder: Path) -> tuple[int, ...]:
 
 
 def _key(facts: DatasetFacts, split: str, image_size: int, channels: int) -> str:
-    parts = (facts.sha256, split, image_size, channels, POLICY, "uint8")
+    parts = (facts.sha256, split, image_size, channels, POLICY, f"uint{facts.bits}")
     return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:40]
 
 
-def _mapped(folder: Path, rows: int, channels: int, size: int, first: int, key: str) -> Images:
+def _mapped(folder: Path, shape: tuple[int, ...], bits: int, first: int, key: str) -> Images:
     about = json.loads((folder / "about.json").read_text())
-    shape = (rows, channels, size, size)
     # Copy on write: torch wants memory that could be written, and nobody ever writes.
-    pixels = np.memmap(folder / "pixels", np.uint8, "c", shape=shape) if rows else np.empty(shape, np.uint8)
+    pixels = _map(folder / "pixels", shape, bits, "c")
     labels = np.fromfile(folder / "labels", np.int64)
-    return Images(
-        torch.from_numpy(pixels), torch.from_numpy(labels), first, tuple(about["mean"]), tuple(about["std"]), key
-    )
+    return Images(pixels, torch.from_numpy(labels), first, tuple(about["mean"]), tuple(about["std"]), key)
+
+
+def _map(path: Path, shape: tuple[int, ...], bits: int, mode: Literal["c", "r+"]) -> Tensor:
+    kind = np.uint16 if bits == 16 else np.uint8
+    return torch.from_numpy(np.memmap(path, kind, mode, shape=shape) if shape[0] else np.empty(shape, kind))
 
 
 def _decode_all(encoded: Encoded, folder: Path, channels: int, size: int, threads: int, tick: Ticker) -> None:
@@ -222,9 +161,8 @@ def _decode_all(encoded: Encoded, folder: Path, channels: int, size: int, thread
     with path.open("wb") as file:
         if rows:
             # Reserved, because a full disk under a memory map is a fatal signal and no error.
-            os.posix_fallocate(file.fileno(), 0, rows * channels * size * size)
-    shape = (rows, channels, size, size)
-    pixels = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=shape) if rows else np.empty(shape, np.uint8))
+            os.posix_fallocate(file.fileno(), 0, rows * channels * size * size * (encoded.bits // 8))
+    pixels = _map(path, (rows, channels, size, size), encoded.bits, "r+")
     total, squares = torch.zeros(2, channels, dtype=torch.float64)
 
     def chunk(start: int) -> tuple[Tensor, Tensor]:
@@ -240,7 +178,7 @@ def _decode_all(encoded: Encoded, folder: Path, channels: int, size: int, thread
             tick(min((number + 1) * CHUNK, rows), rows)
     encoded.check()
     (folder / "labels").write_bytes(encoded.labels.numpy().tobytes())  # `tofile` hides why it fails
-    mean, std = _normalisation(total, squares, rows * size * size)
+    mean, std = _normalisation(total, squares, rows * size * size, encoded.bits)
     (folder / "about.json").write_text(json.dumps({"mean": mean, "std": std}))
 
 
@@ -252,7 +190,7 @@ def _stream(facts: DatasetFacts, split: str, first: int, channels: int, size: in
     total, squares = torch.zeros(2, channels, dtype=torch.float64)
     for sums, squared in pool.map(lambda row: _moments(encoded.decoded(row, channels, size)[None]), some):
         total, squares = total + sums, squares + squared
-    mean, std = _normalisation(total, squares, len(some) * size * size)
+    mean, std = _normalisation(total, squares, len(some) * size * size, encoded.bits)
     return Streamed(encoded, encoded.labels, first, tuple(mean), tuple(std), key, (channels, size), pool)
 
 
@@ -262,19 +200,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Sum pixels and their squares per channel, exactly."""
-    flat = images.transpose(0, 1).flatten(1).to(torch.int32)
+    wide = images.to(torch.int64 if images.dtype == torch.uint16 else torch.int32)
+    flat = wide.transpose(0, 1).flatten(1)
     return flat.sum(1).double(), (flat * flat).sum(1).double()
 
 
-def _normalisation(total: Tensor, squares: Tensor, count: int) -> tuple[list[float], list[float]]:
-    mean = total / max(count, 1) / 255
-    variance = (squares / max(count, 1) / 255**2 - mean**2).clamp(min=0)
-    std = variance.sqrt()
-    return _rounded(mean), _rounded(torch.where(std < 1e-3, 1.0, std))
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(float(value), 6) for value in values]
+def _normalisation(total: Tensor, squares: Tensor, count: int, bits: int) -> tuple[list[float], list[float]]:
+    """Give mean and deviation of pixels in [0, 1], from their sums; a deviation of under a quarter step is none."""
+    largest, digits = 2**bits - 1, 6 if bits == 8 else 9
+    mean = total / max(count, 1) / largest
+    variance = (squares / max(count, 1) / largest**2 - mean**2).clamp(min=0)
+    std = torch.where(variance.sqrt() < 0.255 / largest, 1.0, variance.sqrt())
+    return [round(float(value), digits) for value in mean], [round(float(value), digits) for value in std]
 
 
 def native_size(facts: DatasetFacts) -> int:

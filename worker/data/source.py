@@ -78,9 +78,11 @@ class Data:
     def ready(self, batch: Batch, device: torch.device, draws: Generator | None = None) -> Batch:
         """Move a batch to the device, pass it through the recipe's inputs, and normalise every image in it.
 
-        Without `draws` (of that device) the inputs are left out. Bytes travel, floats are made on the device.
+        Without `draws` (of that device) the inputs are left out. Bytes travel, floats are made on the device, from
+        16-bit images before anything else.
         """
         moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        moved = {key: value.float() / 65535 if value.dtype == torch.uint16 else value for key, value in moved.items()}
         if draws is not None and self.prepare is not None:
             moved = self.prepare(moved, draws)
         return {key: self._normalised(value) if key.startswith("image") else value for key, value in moved.items()}

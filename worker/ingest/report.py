@@ -53,6 +53,7 @@ class Report:
                 f"{least}_{side}": int(getattr(table[side], least)()) for least in ("min", "max") for side in _SIDES
             },
             "channels": int(table["channels"].max()),
+            "bits": int(table["bits"].max()),
         }
 
     def json(self, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -142,6 +143,9 @@ class Report:
             found.append(f"{report['duplicates']['conflicting_labels']} images occur with different labels")
         if report["bad"]["count"]:
             found.append(f"{report['bad']['count']} files were left out because they cannot be used")
+        wide = report["modes"]["sixteen_bit"]
+        if 0 < wide < report["samples"]:
+            found.append(f"{wide} of {report['samples']} images have 16 bits a channel: all are trained on at 16")
         if report["modes"]["alpha"]:
             found.append(f"{report['modes']['alpha']} images have transparency, which training drops")
         return found

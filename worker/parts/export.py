@@ -80,6 +80,7 @@ def model_card(config: ModelConfig, card: Card, metrics: Mapping[str, float | No
         front.append(f"pipeline_tag: {pipeline}")
     front.append("---")
     output = f"one logit for each of {len(config.classes)} classes" if config.classes else "features without a head"
+    wide = " (of 16 bits)" if config.bits == 16 else ""
     sections = [
         "\n".join(front),
         f"# {_inline(card.title)}",
@@ -92,7 +93,7 @@ def model_card(config: ModelConfig, card: Card, metrics: Mapping[str, float | No
         sections.append(_HEADLESS)
     sections += [
         "## Feed it",
-        f"Pixels in [0, 1], resized to {config.image_size} x {config.image_size} ({config.interpolation}), then "
+        f"Pixels in [0, 1]{wide}, resized to {config.image_size} x {config.image_size} ({config.interpolation}), then "
         f"`(x - mean) / std` with mean {_numbers(config.mean)} and standard deviation {_numbers(config.std)}.",
         _fence(input_snippet(config)),
     ]

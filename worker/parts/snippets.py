@@ -121,11 +121,25 @@ def _one(size: Any) -> Any:
 def input_snippet(config: ModelConfig) -> str:
     """Write what turns an image file into the input of `model`."""
     mode = "L" if config.channels == 1 else "RGB"
+    wide = "GRAY" if config.channels == 1 else "RGB"
     size, interpolation = config.image_size, config.interpolation.upper()
 
     def column(values: tuple[float, ...]) -> str:
-        return f"torch.tensor({[round(value, 6) for value in values]}).view(-1, 1, 1)"
+        return f"torch.tensor({[float(f'{value:.9g}') for value in values]}).view(-1, 1, 1)"
 
+    if config.bits == 16:  # which Pillow cannot read in colour
+        lines = [
+            "import torch",
+            "from torchvision.io import ImageReadMode, decode_image",
+            "from torchvision.transforms.v2 import InterpolationMode, functional",
+            "",
+            f'image = decode_image("image.png", ImageReadMode.{wide})',
+            "image = functional.to_dtype(image, torch.float32, scale=True)",
+            f"image = functional.resize(image, [{size}, {size}], InterpolationMode.{interpolation}, antialias=True)",
+            f"x = (image - {column(config.mean)}) / {column(config.std)}",
+            "output = model(x[None])",
+        ]
+        return "\n".join(lines)
     lines = [
         "import torch",
         "from PIL import Image",
