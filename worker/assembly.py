@@ -108,7 +108,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     info = Info(
         task=facts.task, classes=facts.classes, samples=len(data.train), channels=channels, image_size=size,
         feature_dimension=int(cast(Any, backbone.dimension)), architecture=network.facts, class_counts=counts,
-        mean=tuple(mean), std=tuple(std), recipe=catalogue.recipe,
+        labelled=int((data.train.labels >= 0).sum()), mean=tuple(mean), std=tuple(std), recipe=catalogue.recipe,
     )  # fmt: skip
     assert recipe.build is not None
     with torch.random.fork_rng(devices=[]):

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,17 +83,42 @@ def features(backbone: nn.Module, source: Source, data: Data, plan: Plan, device
     return torch.cat(made)
 
 
-def probe(backbone: nn.Module, data: Data, plan: Plan, device: torch.device, tick: Tick) -> dict[str, float]:
+@dataclass(frozen=True)
+class FeaturesOf:
+    """The features of all training rows, in order (see recipe.FeaturesOf)."""
+
+    backbone: nn.Module
+    data: Data
+    plan: Plan
+    device: torch.device
+    tick: Tick
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [rows], -1 where there is none."""
+        return self.data.train.labels
+
+    def __call__(self, module: nn.Module | None = None) -> Tensor:
+        """Run the backbone, or another module, over the rows: float32 [rows, d] on the device."""
+        return features(module or self.backbone, self.data.train, self.data, self.plan, self.device, self.tick)
+
+
+def probe(module: nn.Module, data: Data, plan: Plan, device: torch.device, tick: Tick) -> dict[str, float]:
     """Look at the features of some training rows: rank, spread, and what k-NN and a linear layer read from them.
 
     Four fifths of the labelled rows teach the two classifiers, the others are asked; the test split is not touched.
+    What the objective itself measures on the features (`probed`) comes with it.
     """
     assert data.probe is not None
-    found = features(backbone, data.probe, data, plan, device, tick)
+    objective = cast(Any, module)
+    found = features(objective.backbone, data.probe, data, plan, device, tick)
     numbers = {
         "effective_rank": metrics.effective_rank(found),
         "feature_spread": metrics.feature_spread(found),
     }
+    if hasattr(module, "probed"):
+        with evaluating(module, plan, device):
+            numbers |= objective.probed(found)
     labels = data.probe.labels.to(device)
     known = labels >= 0
     found, labels = found[known], labels[known]

@@ -107,7 +107,7 @@ def train(
         if position == 0 and hasattr(module, "before_epoch"):
             reseed(derive(training.seed, "epoch", epoch), device)
             stale = objective.before_epoch(
-                lambda: evaluate.features(objective.backbone, data.train, data, plan, device, ticker("features")),
+                evaluate.FeaturesOf(objective.backbone, data, plan, device, ticker("features")),
                 _progress(state, plan),
             )
             optimizer.reset(stale or ())
@@ -239,7 +239,7 @@ def _look(
         numbers |= {f"validation/{name}": value for name, value in found.items()}
     due = plan.probe_every and ((epoch + 1) % plan.probe_every == 0 or epoch + 1 == plan.epochs)
     if due and data.probe is not None:
-        found = evaluate.probe(cast(Any, module).backbone, data, plan, device, tick)
+        found = evaluate.probe(module, data, plan, device, tick)
         numbers |= {f"probe/{name}": value for name, value in found.items()}
     return numbers
 

@@ -72,6 +72,7 @@ class Info:
     feature_dimension: int  # of the backbone's output, [batch, feature_dimension]
     architecture: Mapping[str, Any]  # its published facts
     class_counts: tuple[int, ...] = ()  # kept training labels by class
+    labelled: int = 0  # training samples with a label, which pretraining reports by and never trains on
     mean: tuple[float, ...] = (0.0,)  # what the loop normalises with, per channel, of pixels in [0, 1]
     std: tuple[float, ...] = (1.0,)
     recipe: Callable[[str], "Recipe"] = field(default=lambda name: _no_catalogue(name))
@@ -79,6 +80,19 @@ class Info:
 
 def _no_catalogue(name: str) -> "Recipe":
     raise LookupError(f"no catalogue was given to look up the recipe {name!r}")
+
+
+class FeaturesOf(Protocol):
+    """What `before_epoch` is given: features of all training rows, in order."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [rows], -1 where there is none: for reports, never for training."""
+        ...
+
+    def __call__(self, module: nn.Module | None = None) -> Tensor:
+        """Run the backbone, or this module, over the rows, in eval mode and without augmentation: float32 [rows, d]."""
+        ...
 
 
 class Objective(Protocol):
@@ -98,7 +112,7 @@ class Objective(Protocol):
     parameter_groups(training)       -> [{"names" or "params", "lr_scale", "weight_decay_scale"}]
     at_step(progress)                -> {"learning_rate": scale, "weight_decay": scale}
     before_epoch(features_of, progress)   at an epoch's first step only; may return parameters whose optimiser state is
-                                     reset
+                                     reset; `features_of` is a FeaturesOf, whose row n is the sample with "index" n
     after_backward(progress)
     after_step(progress)
     evaluate(batch)                  -> per-sample tensors: {"logits": [batch, classes]} and/or {"loss": [batch]}
@@ -111,6 +125,12 @@ class Objective(Protocol):
                                      epoch's start; None is each row once per epoch
     compiled_parts                   modules to compile where the plan says so; without it the backbone alone
     pictures(batch)                  -> {"name": [n, channels, height, width], normalised}: saved as name.png at the end
+                                     in rows of eight; of the first eight training rows, or of those that
+                                     `picture_rows() -> int64 [n]` names
+    probed(features)                 -> {"name": number}, told beside every probe's own; in eval mode, from the
+                                     backbone's features of the probed rows, [rows, d]
+    opponents                        {"name of its loss": its submodules}: the loss is a sum of opposed ones and need
+                                     not fall; each of these does while the submodules of the others stand still
     """
 
     backbone: nn.Module

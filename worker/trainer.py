@@ -169,13 +169,15 @@ def _pictures(made: Assembly, scratch: Path) -> list[MadeFile]:
     if show is None:
         return []
     reseed(derive(made.spec.training.seed, "pictures"), made.device)
-    batch = made.data.ready(made.data.train.batch(picture_rows(made)), made.device)
+    named = getattr(made.objective, "picture_rows", None)
+    rows = named() if named is not None else picture_rows(made)
+    batch = made.data.ready(made.data.train.batch(rows), made.device)
     with evaluate.evaluating(made.objective, made.plan, made.device):
         shown: dict[str, torch.Tensor] = show(compute.laid_out(batch, made.plan))
     files: list[MadeFile] = []
     mean, std = (value.view(-1, 1, 1) for value in (made.data.mean, made.data.std))
     for name, images in shown.items():
-        grid = pictures.grid(images.float().cpu() * std + mean, columns=len(batch["label"]))
+        grid = pictures.grid(images.float().cpu() * std + mean, columns=min(len(rows), 8))
         (scratch / f"{name}.png").write_bytes(pictures.png(grid))
         files.append(MadeFile(name=f"{name}.png", file=f"{name}.png", media_type="image/png"))
     return files
