@@ -17,7 +17,7 @@ from worker import catalogue, evaluate, loop
 from worker.assembly import Assembly, assemble
 from worker.checkpoint import Checkpoints
 from worker.parts import backbones, compute
-from worker.parts.seed import generator
+from worker.parts.seed import generator, reseed
 from worker.recipe import Progress, Recipe
 from worker.report import Finished, Saved
 
@@ -53,6 +53,7 @@ def begun(made: Assembly) -> Any:
 def losses_of(made: Assembly, step: int = 0, rows: int = 16) -> dict[str, torch.Tensor]:
     batch = made.data.train.batch(torch.arange(rows))
     ready = compute.laid_out(made.data.ready(batch, made.device, generator(0, "inputs", step)), made.plan)
+    reseed(step)  # what a recipe draws is the batch's too, as in the loop
     return made.objective(ready, Progress(step, 10, 0, 1))
 
 

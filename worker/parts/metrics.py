@@ -148,3 +148,19 @@ def feature_spread(features: Tensor) -> float:
 def collapsed(numbers: Mapping[str, float]) -> bool:
     """Say whether a probe found a representation that tells its samples hardly apart."""
     return numbers["effective_rank"] < RANK_FLOOR or numbers["feature_spread"] < SPREAD_FLOOR
+
+
+def frechet_distance(one: Tensor, other: Tensor) -> float:
+    """Give the Frechet distance between Gaussians fitted to features `[n, d]` and `[m, d]`.
+
+    Heusel et al., arXiv 1706.08500, equation 6: the squared distance of the means, plus
+    tr(A + B - 2 (A B)^(1/2)) of the covariances. Of few samples it is too large on average.
+    """
+    one, other = one.double().cpu(), other.double().cpu()
+    first, second = one.T.cov(), other.T.cov()
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.
+    shared = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+    distance = (one.mean(0) - other.mean(0)).square().sum() + first.trace() + second.trace() - 2 * shared
+    return max(0.0, distance.item())
