@@ -165,9 +165,10 @@ def _orchestrated(fake: Fake, order: Order) -> Finished:
         }
         for number in wanted
     )  # fmt: skip
-    if known < fake.children:
+    if known < fake.children and not order.stopping:
         return Finished(outcome="children", children=bodies)
-    return Finished(outcome="succeeded", result={child["key"]: child["status"] for child in order.children})
+    outcome: Outcome = "stopped" if order.stopping else "succeeded"
+    return Finished(outcome=outcome, result={child["key"]: child["status"] for child in order.children})
 
 
 def _go_wrong(fake: Fake, step: int, reporter: Reporter, connection: socket.socket) -> None:

@@ -34,6 +34,8 @@ def run(order: Order, reporter: Reporter) -> Finished:
     children = [Child(**each) for each in order.children]
     if children:
         _tell_of(children, reporter)
+    if order.stopping and not any(child.ended_well for child in children):
+        return Finished(outcome="cancelled")
     known = {child.key for child in children}
     wanted = recipe.plan(params, facts, children)
     new = [_complete(body, spec) for body in wanted if _key(body) not in known]
@@ -41,7 +43,7 @@ def run(order: Order, reporter: Reporter) -> Finished:
     if total > MAX_CHILDREN:
         raise UserFault(f"This would be {total} jobs; {MAX_CHILDREN} are the limit: ask for fewer.", code="too_many")
     reporter.send(Progress(phase="children", fraction=len(children) / max(total, 1)))
-    if new:
+    if new and not order.stopping:
         named = ", ".join(body["child_key"] for body in new[:12]) + (", …" if len(new) > 12 else "")
         reporter.event("children.planned", f"{len(new)} jobs are next: {named}.", count=len(new))
         return Finished(outcome="children", children=tuple(new))
@@ -53,8 +55,8 @@ def run(order: Order, reporter: Reporter) -> Finished:
     if gathered.metrics:
         reporter.send(Metrics(rows=tuple((name, 0, value) for name, value in gathered.metrics.items())))
     return Finished(
-        outcome="succeeded", result=gathered.result, metrics=dict(gathered.metrics), files=tuple(files),
-        adopts=gathered.model,
+        outcome="stopped" if order.stopping else "succeeded", result=gathered.result, metrics=dict(gathered.metrics),
+        files=tuple(files), adopts=gathered.model,
     )  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def facts_of(order: Order, spec: Spec) -> Facts:
     return Facts(
         spec=spec, dataset=order.dataset, model=order.model.id if order.model is not None else None, config=config,
         family=next((row["facts"]["family"] for row in architectures.facts() if row["name"] == name), None),
-        recipes=catalogue.recipes(),
+        recipes=catalogue.recipes(), stopping=order.stopping,
     )  # fmt: skip
 
 

@@ -199,6 +199,7 @@ class Facts:
     config: ModelConfig | None  # of that model
     family: str | None  # of the network to start from, as in `Requires.architectures`
     recipes: "Mapping[str, Recipe]"
+    stopping: bool = False  # `gather` makes the best of children that are not all there
 
 
 @dataclass(frozen=True)

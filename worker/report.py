@@ -68,6 +68,7 @@ class Order(Message):
     upload_name: str | None = None
     checkpoint: str | None = None  # path of the newest checkpoint, to go on from
     children: tuple[dict[str, Any], ...] = ()  # finished children of an orchestrating job
+    stopping: bool = False  # an orchestrating job shall make the best of these, and no further ones
     scratch: str
     cache: str  # shared by the jobs of this host: decoded images, features, compiled code
     cache_bytes: int

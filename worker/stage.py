@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from app.domain.datasets import DatasetFacts, Shard
 from app.domain.errors import DataFault, SystemFault, UserFault
+from app.domain.jobs import Wanted
 from app.domain.models import ModelConfig
 from app.settings import Settings
 from app.store import cache, checkpoints, children, claims, recipes, tables
@@ -128,7 +129,8 @@ def stage(
         job=job.id, attempt=job.attempt, kind=cast("Kind", job.kind), recipe=job.recipe, spec=job.spec, plan=job.plan,
         fingerprint=inputs.fingerprint, dataset=dataset, model=model, upload=upload,
         upload_name=inputs.upload[1] if inputs.upload else None, checkpoint=str(state) if checkpoint else None,
-        children=inputs.children, scratch=str(scratch.folder), cache=str(home_cache), cache_bytes=settings.cache_bytes,
+        children=inputs.children, stopping=job.wanted == Wanted.STOP, scratch=str(scratch.folder),
+        cache=str(home_cache), cache_bytes=settings.cache_bytes,
         threads=threads, device=device,
         limits=Limits(
             max_entries=settings.max_entries, max_entry_bytes=settings.max_entry_bytes,

@@ -171,6 +171,8 @@ def on_finish(outcome: Status, wanted: Wanted) -> Move:
         return Move(status=Status.QUEUED, reason="resumed")
     if outcome is Status.WAITING and wanted is Wanted.PAUSE:
         return Move(status=Status.PAUSED)
+    if outcome is Status.WAITING and wanted is Wanted.STOP:
+        return Move(status=Status.QUEUED, reason="stopping")  # no further round: it makes the best of what is there
     return Move(status=outcome)
 
 

@@ -173,8 +173,9 @@ def request(session: Session, project_id: str, job_id: str, verb: Verb) -> table
         .with_for_update()
         .execution_options(populate_existing=True)
     ).all()
-    if children and job.status == Status.WAITING and verb in ("pause", "resume"):
-        _wish(session, job, Wanted.PAUSE if verb == "pause" else Wanted.RUN)  # it holds no slot: its children obey
+    obeyed = {"pause": Wanted.PAUSE, "resume": Wanted.RUN, "stop": Wanted.STOP}
+    if children and job.status == Status.WAITING and verb in obeyed and (verb == "stop" or job.wanted != Wanted.STOP):
+        _wish(session, job, obeyed[verb])  # it holds no slot: its children obey, and it goes on when they have ended
     else:
         _request(session, job, verb)
     for child in children:

@@ -193,6 +193,7 @@ class TestFinish:
     def test_an_orchestrating_job_pauses_before_its_next_round(self) -> None:
         assert on_finish(Status.WAITING, Wanted.RUN).status is Status.WAITING
         assert on_finish(Status.WAITING, Wanted.PAUSE).status is Status.PAUSED
+        assert on_finish(Status.WAITING, Wanted.STOP) == Move(status=Status.QUEUED, reason="stopping")
 
 
 class TestWishesOfAJobThatIsNoLongerHeld:

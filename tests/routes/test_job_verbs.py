@@ -160,6 +160,26 @@ def test_verbs_reach_the_children_in_the_same_transaction(client: httpx.Client, 
     }  # fmt: skip
 
 
+def test_a_stopped_parent_goes_on_with_what_its_children_have(
+    client: httpx.Client, caller: Caller, engine: Engine
+) -> None:
+    parent = make_job(engine, caller, Status.RUNNING)
+    queued = make_job(engine, caller, parent_id=parent, child_key="1")
+    running = make_job(engine, caller, Status.RUNNING, parent_id=parent, child_key="2")
+    with transaction(engine) as session:
+        life.move(session, session.get_one(tables.Job, parent), Status.WAITING, actor=Actor.WORKER)
+    for _ in range(2):
+        answer = client.post(f"/v1/jobs/{parent}/stop").json()
+        assert (answer["status"], answer["wanted"]) == ("waiting", "stop")
+    assert client.get(f"/v1/jobs/{queued}").json()["status"] == "cancelled"
+    assert client.get(f"/v1/jobs/{running}").json()["wanted"] == "stop"
+    assert_error(client.post(f"/v1/jobs/{parent}/resume"), 409, "cannot_resume")
+    with transaction(engine) as session:
+        life.move(session, session.get_one(tables.Job, running), Status.STOPPED, actor=Actor.WORKER)
+    answer = client.get(f"/v1/jobs/{parent}").json()
+    assert (answer["status"], answer["wanted"]) == ("queued", "stop"), "a worker gathers what is there"
+
+
 def test_an_internal_job_can_only_be_cancelled(client: httpx.Client, caller: Caller, engine: Engine) -> None:
     with transaction(engine) as session:
         project = session.get_one(tables.Project, caller.project)

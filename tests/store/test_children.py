@@ -88,6 +88,13 @@ def test_a_key_makes_one_child_however_often_it_is_asked_for(engine: Engine, hel
     assert [child.child_key for child in children_of(engine, held)] == ["a", "b"]
 
 
+def test_a_parent_that_is_being_stopped_gets_no_further_children(engine: Engine, held: Held) -> None:
+    with transaction(engine) as session:
+        read(session, held).wanted = Wanted.STOP
+    assert insert_round(engine, held, "a") is Status.QUEUED
+    assert (look(engine, held).status_reason, children_of(engine, held)) == ("stopping", [])
+
+
 def test_a_cancelled_parent_gets_no_children(engine: Engine, held: Held) -> None:
     with transaction(engine) as session:
         read(session, held).wanted = Wanted.CANCEL

@@ -155,6 +155,23 @@ def test_a_winner_whose_last_training_failed_gives_the_model_it_had() -> None:
     assert "its last training failed: It diverged." in winner["sentence"]
 
 
+def test_a_race_that_is_stopped_gives_the_best_so_far() -> None:
+    chosen, fates = params(*"abcd", eta=2), by_knn(a=0.1, b=0.4, c=0.3, d=0.2)
+    known = replace(facts(), stopping=True)
+    first = [child(body, fates(body["child_key"])) for body in method_race.plan(chosen, known, ())]
+    gathered = method_race.gather(chosen, known, first)
+    assert (gathered.model, gathered.result["winner"]["trained_fully"]) == ("mdl_round1-b", False)
+    assert gathered.result["sentence"] == "b led over 3 others in 1 round when the race was stopped."
+    second = method_race.plan(chosen, known, first)[4:]
+    cut = [child(second[0], {"status": "failed"}), child(second[1], fates(second[1]["child_key"]))]
+    assert method_race.gather(chosen, known, [*first, *cut]).model == "mdl_round2-c"
+    none = [child(body, {"status": "failed"}) for body in second]
+    assert method_race.gather(chosen, known, [*first, *none]).model == "mdl_round1-b"
+    lost = [child(body, {"status": "failed"}) for body in method_race.plan(chosen, known, ())]
+    with pytest.raises(UserFault, match="No method came through round 1: a: It diverged"):
+        method_race.gather(chosen, known, lost)
+
+
 @given(
     st.dictionaries(
         st.sampled_from("abcdefghijkl"), st.one_of(

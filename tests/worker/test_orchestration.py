@@ -114,6 +114,17 @@ def test_a_cancelled_child_says_so(digits: DatasetFacts, tmp_path: Path) -> None
     assert last.result["failed"] == {"0.0": "It was cancelled."}
 
 
+def test_a_job_that_is_being_stopped_gathers_what_is_there(digits: DatasetFacts, tmp_path: Path) -> None:
+    given = order(digits, tmp_path, ended("0.0", "stopped"), ended("0.1", "cancelled"))
+    _, last = sets.carry_out(given.model_copy(update={"stopping": True}))
+    assert isinstance(last, Finished)
+    assert (last.outcome, last.children, last.metrics) == ("stopped", (), {"tree/children": 2})
+    for nothing in ((), (ended("0.0", "cancelled"),)):
+        _, last = sets.carry_out(order(digits, tmp_path, *nothing).model_copy(update={"stopping": True}))
+        assert isinstance(last, Finished)
+        assert (last.outcome, last.result) == ("cancelled", None)
+
+
 def test_too_many_jobs_are_refused(digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestration, "MAX_CHILDREN", 1)
     _, last = sets.carry_out(order(digits, tmp_path))

@@ -236,8 +236,35 @@ def test_a_supervisor_lost_in_the_middle_of_inserting_inserts_nothing_twice(
     assert [child.child_key for child in children_of(host.engine, job_id)] == list("0123")
 
 
+@pytest.mark.parametrize("when", ["waiting", "planning"])
+def test_a_stopped_orchestrator_gathers_what_is_there(host: Host, when: str) -> None:
+    job_id = submit_orchestrator(host.engine)
+    held = claim_and_insert(host) if when == "waiting" else None
+    project = job_of(host.engine, job_id).project_id
+    if held is None:  # the wish comes while the first round is planned: it is not even inserted
+        set_job(host.engine, job_id, wanted="stop")
+    else:
+        with transaction(host.engine) as session:
+            jobs.request(session, project, job_id, "stop")
+    assert work(host, "poll", internal=False) == 1
+    job = job_of(host.engine, job_id)
+    assert job.status == Status.STOPPED
+    assert job.result == ({"a": "cancelled", "b": "cancelled"} if held else {})
+    assert len(children_of(host.engine, job_id)) == (2 if held else 0)
+
+
 def test_a_cancelled_orchestrator_takes_its_children_along(host: Host) -> None:
     job_id = submit_orchestrator(host.engine)
+    held = claim_and_insert(host)
+    with transaction(host.engine) as session:
+        jobs.request(session, held.project_id, job_id, "cancel")
+    assert work(host, "poll", internal=False) == 0, "nothing is left to run"
+    assert job_of(host.engine, job_id).status == Status.CANCELLED
+    assert [child.status for child in children_of(host.engine, job_id)] == [Status.CANCELLED] * 2
+
+
+def claim_and_insert(host: Host) -> claims.Held:
+    """Bring an orchestrating job to where it waits for its first two children."""
     with transaction(host.engine) as session:
         found = claims.claim(
             session, worker="wrk_test", source="poll", internal=False, devices=frozenset({"cpu"}), gpus_free=0,
@@ -247,11 +274,7 @@ def test_a_cancelled_orchestrator_takes_its_children_along(host: Host) -> None:
         held, parent = found
         body = {"recipe": "fake", "dataset": parent.dataset_id, "model": {"architecture": "small_cnn"}}
         claims.insert_children(session, held, [{"child_key": key, **body} for key in ("a", "b")])
-    with transaction(host.engine) as session:
-        jobs.request(session, held.project_id, job_id, "cancel")
-    assert work(host, "poll", internal=False) == 0, "nothing is left to run"
-    assert job_of(host.engine, job_id).status == Status.CANCELLED
-    assert [child.status for child in children_of(host.engine, job_id)] == [Status.CANCELLED] * 2
+        return held
 
 
 def test_a_trainer_gets_no_credentials(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

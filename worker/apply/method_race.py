@@ -8,7 +8,7 @@ job's own `training`. The budget is in steps: methods differ in what a step cost
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -77,6 +77,7 @@ class Race:
     wanted: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     last: Entry | None = None  # the last one left, after its last round
+    best: Entry | None = None  # of the newest round that somebody came through
 
 
 def run(params: MethodRaceParams, facts: Facts, finished: Mapping[str, Child]) -> Race:
@@ -101,12 +102,13 @@ def run(params: MethodRaceParams, facts: Facts, finished: Mapping[str, Child]) -
         score, ranked = _ranked([entry for entry in entries if entry.out is None], params.score)
         kept = ranked[: max(1, len(alive) // params.eta)]
         race.rounds.append(_table(number + 1, budget, score, entries, ranked, kept))
-        if len(kept) <= 1:
-            if not kept:
-                return race
-            (last,) = kept
+        if not kept:
+            return race
+        race = replace(race, best=kept[0])
+        if len(kept) == 1:
+            last = kept[0]
             race.wanted.append(_body(f"winner-{last.method.label}", last.method, last.child.model, facts, {}))
-            return Race(race.wanted, race.rounds, last)
+            return replace(race, last=last)
         alive = [entry.method for entry in kept]
         models |= {entry.method.label: entry.child.model for entry in kept}
         done, number = budget, number + 1
@@ -125,21 +127,31 @@ def gather(params: MethodRaceParams, facts: Facts, children: Sequence[Child]) ->
     """
     by_key = {child.key: child for child in children}
     race = run(params, facts, by_key)
-    if race.last is None:
-        why = "; ".join(f"{row['method']}: {row['reason']}" for row in race.rounds[-1]["methods"])
-        raise UserFault(f"No method came through round {len(race.rounds)}: {why}", code="child_failed", phase="gather")
-    label = race.last.method.label
-    final = by_key[f"winner-{label}"]
-    fully = final.ended_well and final.model is not None
-    child = final if fully else race.last.child
-    last = _entry(race.last.method, child)
-    said = f"{label} won over {len(race.rounds[0]['methods']) - 1} others in {len(race.rounds)} rounds"
-    said += "." if fully else f", but its last training failed: {final.why} Its model of the last round is given."
+    chosen = race.last or (race.best if facts.stopping else None)
+    if chosen is None:
+        rows = race.rounds[-1]["methods"] if race.rounds else []
+        why = "; ".join(f"{row['method']}: {row['reason']}" for row in rows) or "it was stopped before its end."
+        raise UserFault(
+            f"No method came through round {max(len(race.rounds), 1)}: {why}", code="child_failed", phase="gather"
+        )
+    label = chosen.method.label
+    final = by_key.get(f"winner-{label}") if race.last is not None else None
+    fully = final is not None and final.ended_well and final.model is not None
+    child = final if fully and final is not None else chosen.child
+    last = _entry(chosen.method, child)
+    said = f"{label} {'led' if race.last is None else 'won'} over {len(race.rounds[0]['methods']) - 1} others in "
+    said += f"{len(race.rounds)} round{'s' if len(race.rounds) > 1 else ''}"
+    if fully:
+        said += "."
+    elif final is None:
+        said += " when the race was stopped."
+    else:
+        said += f", but its last training failed: {final.why} Its model of the last round is given."
     return Gathered(
         {
             "sentence": said, "rounds": race.rounds,
             "winner": {
-                "method": label, "recipe": race.last.method.recipe, "model": child.model, "job": child.job,
+                "method": label, "recipe": chosen.method.recipe, "model": child.model, "job": child.job,
                 "trained_fully": fully, **last.probes,
             },
             "failed": {child.key: child.why for child in children if not child.ended_well},
