@@ -7,8 +7,14 @@ from worker.parts.tuning import Plan
 from worker.report import Order, Reporter
 
 
-def announce(plan: Plan, device: torch.device, order: Order, reporter: Reporter) -> None:
-    """Report the plan and wait until it is committed; say so where the result will not be the same to the bit."""
+def announce(
+    plan: Plan, device: torch.device, order: Order, reporter: Reporter, *, first: Plan | None = None
+) -> None:  # fmt: skip
+    """Report the plan and wait until it is committed; say so where the result will not be the same to the bit.
+
+    Args:
+        first: the plan of the attempt before.
+    """
     found = tuning.fingerprint(device.type)
     before = order.fingerprint
     differs = sorted(
@@ -16,6 +22,8 @@ def announce(plan: Plan, device: torch.device, order: Order, reporter: Reporter)
     )
     if plan.device != device.type:
         differs.append("device")
+    if first is not None and plan.world_size != first.world_size:
+        differs.append("world_size")
     if differs:
         reporter.event(
             "resume.inexact",

@@ -104,6 +104,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     mean, std = network.normalisation or (train.mean, train.std)
     data = _data(recipe, spec, facts, train, images, mean, std, seed)
     counts = _class_counts(data.train.labels, len(facts.classes)) if recipe.requires.labels else ()
+    processes = choose_processes(spec, order, device)
     backbone = start_backbone(network, seed, data)
     info = Info(
         task=facts.task, classes=facts.classes, samples=len(data.train), channels=channels, image_size=size,
@@ -125,13 +126,15 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
                 min_batch=recipe.requires.min_batch, pretrained=network.weights is not None,
             ),
             tuning.look(device.type, threads),
-            mean=mean, std=std,
+            mean=mean, std=std, processes=processes,
             cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
         )  # fmt: skip
         if getattr(objective, "frozen_prefix", None) is not None:
             plan = plan.model_copy(
                 update={"prefix_views": features.view_count(augmented=prepare is not None, epochs=plan.epochs)}
             )
+    elif plan.world_size != processes:
+        plan = tuning.spread(plan, processes)
     if plan.checkpoint_activations:
         recompute_stages(cast(Any, objective).backbone)
     return Assembly(spec, recipe, params, plan, network, info, objective, data, device, facts)
@@ -211,6 +214,21 @@ def choose_device(spec: Spec, order: Order) -> torch.device:
             hint="Look at its driver (nvidia-smi); another worker may go on.",
         )  # fmt: skip
     return torch.device(order.device)
+
+
+def choose_processes(spec: Spec, order: Order, device: torch.device) -> int:
+    """Give how many processes train together: as many as were ordered, else one per GPU of the job.
+
+    Raises:
+        ResourceFault: this worker has fewer GPUs.
+    """
+    wanted = order.processes or (spec.resources.gpus if device.type == "cuda" else 1)
+    if device.type == "cuda" and wanted > torch.cuda.device_count():
+        raise ResourceFault(
+            f"resources.gpus: {wanted} GPUs are wanted, and this worker gives {torch.cuda.device_count()}.",
+            code="too_few_gpus",
+        )
+    return wanted
 
 
 def fits(images: Images, device: torch.device) -> bool:

@@ -46,6 +46,11 @@ class Checkpoints:
         self._kept: list[Path] = []
         self._best: Path | None = None
 
+    @property
+    def newest(self) -> Path | None:
+        """Where a run goes on from."""
+        return self._newest
+
     def load(self) -> Contents | None:
         """Read the checkpoint to go on from, if there is one.
 

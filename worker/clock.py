@@ -30,6 +30,10 @@ class Clock:
         """Give samples per second in this attempt."""
         return (step - self.start) * self._plan.batch_size / max(time.monotonic() - self._began, 1e-9)
 
+    def steps_per_second(self, step: int) -> float:
+        """Give the speed of this attempt."""
+        return self.rate(step) / self._plan.batch_size
+
     def should_show(self) -> bool:
         """Say whether the user has not seen anything for a while."""
         return time.monotonic() - self._shown >= SHOW_SECONDS

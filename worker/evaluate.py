@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.data.source import Data, Source, ahead, in_order
-from worker.parts import compute, metrics
+from worker.parts import compute, distributed, metrics
 from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import PROBE_ROWS, Plan
 from worker.recipe import Progress
@@ -19,11 +19,11 @@ Tick = Callable[[int, int], None]  # is told how many rows of how many are done
 
 @contextmanager
 def evaluating(module: nn.Module, plan: Plan, device: torch.device) -> Iterator[None]:
-    """Eval mode without gradients, under the plan's autocast; back to training mode after."""
+    """Eval mode without gradients or other processes, under the plan's autocast; back to training mode after."""
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad(), compute.autocast(plan, device):
+        with torch.no_grad(), compute.autocast(plan, device), distributed.alone():
             yield
     finally:
         module.train(was_training)
@@ -35,11 +35,15 @@ def outputs(
     """Run an objective's `evaluate` over a source: its per-sample tensors, and "label", on the CPU.
 
     An objective without one gives the loss of its forward pass on inputs drawn as in training, the same every time.
+    Several processes take turns in the batches, and all get everything.
     """
     evaluate: Callable[..., dict[str, Tensor]] | None = getattr(module, "evaluate", None)
-    collected: dict[str, list[Tensor]] = {}
+    collected: dict[int, dict[str, Tensor]] = {}
+    first, step = distributed.rank(), distributed.world_size()
+    batches = list(in_order(source, max(plan.batch_size, 256)))
     with evaluating(module, plan, device):
-        for number, (rows, batch) in enumerate(ahead(source, in_order(source, max(plan.batch_size, 256)))):
+        for turn, (rows, batch) in enumerate(ahead(source, iter(batches[first::step]))):
+            number = first + turn * step
             if evaluate is None:
                 if len(rows) < plan.batch_size and number:
                     continue  # a loss that couples its batch means something else on a small rest
@@ -49,10 +53,12 @@ def outputs(
                 found = {"loss": loss.float().expand(len(rows))}
             else:
                 found = evaluate(compute.laid_out(data.ready(batch, device), plan))
-            for name, value in {**found, "label": batch["label"]}.items():
-                collected.setdefault(name, []).append(value.detach().cpu())
-            tick(len(collected["label"]) * len(rows), len(source))
-    return {name: torch.cat(values) for name, values in collected.items()}
+            found = {**found, "label": batch["label"]}
+            collected[number] = {name: value.detach().cpu() for name, value in found.items()}
+            tick((number + 1) * len(rows), len(source))
+    everything = {number: found for part in distributed.gather_objects(collected) for number, found in part.items()}
+    in_turn = [everything[number] for number in sorted(everything)]
+    return {name: torch.cat([found[name] for found in in_turn]) for name in (in_turn[0] if in_turn else ())}
 
 
 def measure(found: dict[str, Tensor]) -> dict[str, float]:
@@ -75,12 +81,15 @@ def details(found: dict[str, Tensor], classes: tuple[str, ...]) -> dict[str, Any
 def features(backbone: nn.Module, source: Source, data: Data, plan: Plan, device: torch.device, tick: Tick) -> Tensor:
     """Give the backbone's features of every row, without augmentation: float32 [rows, d] on the device."""
     made: list[Tensor] = []
+    batches = list(in_order(source, 256))
+    shared = len(batches) >= distributed.world_size()
+    first, step = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
     with evaluating(backbone, plan, device):
-        for _, batch in ahead(source, in_order(source, 256)):
+        for _, batch in ahead(source, iter(batches[first::step])):
             ready = compute.laid_out(data.ready({"image": batch["image"]}, device), plan)
             made.append(backbone(ready["image"]).float().flatten(1))
-            tick(len(made) * 256, len(source))
-    return torch.cat(made)
+            tick(len(made) * 256 * step, len(source))
+    return distributed.interleave(made, 256, len(source)) if shared else torch.cat(made)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,10 @@
 Two promises hold it together. Everything random is a function of (seed, step), so a run that was killed and resumed
 ends with the same bits. And no number is read back from the device within a step: losses gather in a window there and
 are looked at every `plan.log_every` steps, which is also when a loss that was not finite is found.
+
+Several processes may run it together (parts/distributed.py): each computes its share of every batch, gradients are
+averaged, and whatever decides the way of the run is agreed on, so that all of them take the same way. The first one's
+reporter and checkpoints are the run's.
 """
 
 import contextlib
@@ -17,10 +21,12 @@ from torch import Tensor, nn
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
 from worker import evaluate
+from worker.agreement import Agreement
 from worker.checkpoint import Checkpoints
 from worker.clock import Clock
+from worker.data.shares import Share
 from worker.data.source import Data, ahead
-from worker.parts import compute, optim, schedule
+from worker.parts import compute, distributed, optim, schedule
 from worker.parts.ema import Average
 from worker.parts.metrics import collapsed
 from worker.parts.seed import derive, generator, reseed
@@ -58,6 +64,7 @@ def train(
     objective = cast(Any, module)
     compute.settle(plan)
     compute.place(module, plan, device)
+    distributed.synchronise_norms(module, device.type)
     named = objective.parameter_groups(training) if hasattr(module, "parameter_groups") else ()
     optimizer = optim.build(optim.groups(module, named), Optimizer.model_validate(plan.optimizer))
     decay = getattr(module, "ema_decay", None)
@@ -72,14 +79,18 @@ def train(
     if plan.compile:
         for compiled in getattr(module, "compiled_parts", [objective.backbone]):
             compiled.compile()
+    forward = distributed.parallel(module, idle_parameters=getattr(module, "idle_parameters", False))
     module.train()
+    share = Share(data, plan)
     clock = Clock(plan, before=state.seconds or 0.0, start=state.step)
+    agreement = Agreement(clock)
     wish: Wish = "run"
 
     def halted() -> bool:
         nonlocal wish
-        wish = report.wanted
-        if training.max_seconds is not None and clock.used() >= training.max_seconds:
+        late = training.max_seconds is not None and clock.used() >= training.max_seconds
+        wish, late = agreement.before(state.step, report.wanted, late)
+        if late:
             state.ended_by = state.ended_by or "max_seconds"
         return wish != "run" or state.ended_by is not None
 
@@ -111,9 +122,10 @@ def train(
                 _progress(state, plan),
             )
             optimizer.reset(stale or ())
+            distributed.agree(module)
         order = _order(module, data, training.seed, epoch)
 
-        for rows, batch in ahead(data.train, _batches(order, plan, state.step), epoch):
+        for rows, batch in ahead(data.train, _batches(order, plan, state.step, share), epoch):
             if halted():
                 break
             progress = _progress(state, plan)
@@ -121,14 +133,18 @@ def train(
             learning_rate = _learning_rate(state.step, training, plan) * scales.get("learning_rate", 1.0)
             optimizer.schedule(learning_rate, training.weight_decay * scales.get("weight_decay", 1.0))
 
-            reseed(derive(training.seed, "step", state.step), device)  # dropout, and whatever a recipe draws
+            # Dropout, and whatever a recipe draws: another draw for the other samples of another process.
+            reseed(derive(training.seed, "step", state.step, *distributed.lane()), device)
             draws = generator(training.seed, "inputs", state.step, device=device)
-            for part in _micro_batches(batch, len(rows), plan):
-                ready = compute.laid_out(data.ready(part, device, draws), plan)
-                with compute.autocast(plan, device):
-                    losses: dict[str, Tensor] = module(ready, progress)
-                window.add(losses, share=1 / plan.accumulate)
-                scaler.scale(losses["loss"] / plan.accumulate).backward()
+            for number, part in enumerate(_micro_batches(batch, len(rows), plan), start=1):
+                ready = compute.laid_out(share.ready(part, device, draws), plan)
+                with distributed.without_averaging(forward, when=number < plan.accumulate):
+                    with compute.autocast(plan, device):
+                        losses: dict[str, Tensor] = forward(ready, progress)
+                    window.add(losses, share=1 / plan.accumulate)
+                    scaler.scale(losses["loss"] / plan.accumulate).backward()
+            if distributed.world_size() > 1:  # the hooks draw alike everywhere
+                reseed(derive(training.seed, "hooks", state.step), device)
             if hasattr(module, "after_backward"):
                 objective.after_backward(progress)
             if scaler.is_enabled():
@@ -186,6 +202,7 @@ def train(
             average.keep()
         if best_weights and (wish == "stop" or training.early_stopping is not None):
             module.load_state_dict(best_weights)
+    distributed.separate_norms(module)
     report.send(clock.shown(state.step))
     return Result(
         outcome, state.ended_by or wish, state.step, state.step // plan.steps_per_epoch, state.metrics, state.best,
@@ -214,11 +231,14 @@ def _order(module: nn.Module, data: Data, seed: int, epoch: int) -> Tensor:
     return torch.multinomial(weights.double().cpu(), count, replacement=True, generator=draws)
 
 
-def _batches(order: Tensor, plan: Plan, step: int) -> Iterator[Tensor]:
-    """Cut an epoch's order into batches of one size, from `step` on; the rest comes in another epoch."""
+def _batches(order: Tensor, plan: Plan, step: int, share: Share) -> Iterator[Tensor]:
+    """Cut an epoch's order into batches of one size, from `step` on, and give this process's share of each.
+
+    The rest comes in another epoch.
+    """
     position = step % plan.steps_per_epoch
     for number in range(position, min(plan.steps_per_epoch, position + plan.steps - step)):
-        yield order[number * plan.batch_size : (number + 1) * plan.batch_size]
+        yield share.rows(order[number * plan.batch_size : (number + 1) * plan.batch_size])
 
 
 def _micro_batches(batch: Batch, size: int, plan: Plan) -> Iterator[Batch]:
@@ -241,7 +261,7 @@ def _look(
     if due and data.probe is not None:
         found = evaluate.probe(module, data, plan, device, tick)
         numbers |= {f"probe/{name}": value for name, value in found.items()}
-    return numbers
+    return distributed.from_first(numbers)
 
 
 def _judge(numbers: Mapping[str, float], state: State, training: Training, kind: str) -> bool:

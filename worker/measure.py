@@ -51,7 +51,7 @@ def run(order: Order, reporter: Reporter) -> dict[str, Any]:
         marks.append(time.monotonic())
         return len(marks) > WARM_STEPS + STEPS or marks[-1] - marks[0] > SECONDS
 
-    weighed = _step(made, made.plan, enough)
+    weighed = _step(made, _share(made.plan), enough)
     settled = marks[WARM_STEPS:] if len(marks) > WARM_STEPS + 1 else marks
     seconds = (settled[-1] - settled[0]) / max(len(settled) - 1, 1)
     images = [file for file in (Path(order.cache) / "images").glob("[!.]*/*") if file.is_file()]
@@ -72,12 +72,17 @@ def largest_batch(made: Assembly, first: int) -> int | None:
     batch = first
     while batch >= max(made.recipe.requires.min_batch, 1):
         try:
-            _step(made, made.plan.model_copy(update={"batch_size": batch, "accumulate": 1}), lambda: True)
+            _step(made, _share(made.plan).model_copy(update={"batch_size": batch, "accumulate": 1}), lambda: True)
         except (MemoryError, RuntimeError):
             batch //= 2
         else:
             return batch
     return None
+
+
+def _share(plan: Plan) -> Plan:
+    """Give what one process of several does by itself: that is what its GPU must hold."""
+    return plan.model_copy(update={"batch_size": plan.batch_size // plan.world_size, "world_size": 1})
 
 
 def _step(made: Assembly, plan: Plan, enough: Callable[[], bool]) -> int:

@@ -98,6 +98,10 @@ class FeaturesOf(Protocol):
 class Objective(Protocol):
     """What `build` returns: an `nn.Module` whose forward gives a loss. Only the first three are required.
 
+    Where several processes train, each sees its share of a batch in `forward`, and the loss of the run is the mean of
+    theirs: what looks at a whole batch, or writes it into a buffer, passes through `parts.distributed.all_gather`. What
+    `forward` draws by itself (dropout, noise, masks) each draws for its own samples; the other hooks draw alike.
+
     backbone
         the part that is exported.
     forward(batch, progress)
@@ -124,6 +128,8 @@ class Objective(Protocol):
     sample_weights(labels)           [samples] -> [samples] or None: how often each row is drawn, asked for at every
                                      epoch's start; None is each row once per epoch
     compiled_parts                   modules to compile where the plan says so; without it the backbone alone
+    idle_parameters                  whether some trainable parameters get no gradient in some steps, which several
+                                     processes have to know
     pictures(batch)                  -> {"name": [n, channels, height, width], normalised}: saved as name.png at the end
                                      in rows of eight; of the first eight training rows, or of those that
                                      `picture_rows() -> int64 [n]` names

@@ -74,6 +74,7 @@ class Order(Message):
     cache_bytes: int
     threads: int
     device: str = "cpu"  # cpu, cuda:0 …
+    processes: int | None = None  # that train together; null: one for each GPU of the job, one without
     limits: Limits
     silence_seconds: float = 20.0
 

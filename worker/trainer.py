@@ -1,15 +1,17 @@
 """The trainer's process: an order in, files in scratch and one last word out. No SQL, no credentials, no network.
 
-`python -m worker.trainer run spec.json --data FOLDER --out DIR` runs the same without any server.
+`python -m worker.trainer run spec.json --data FOLDER --out DIR` runs the same without any server, and
+`python -m worker.trainer rank` is one of the other processes of a run, which the first one starts.
 """
 
 import argparse
 import json
+import os
 import shutil
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,15 +20,15 @@ from pydantic import ValidationError
 
 from app.domain.errors import JobFault, ResourceFault, SystemFault, UserFault
 from app.domain.models import ModelConfig
-from worker import alone, application, catalogue, evaluate, ingest, loop, measure, orchestration
+from worker import alone, application, catalogue, evaluate, ingest, loop, measure, orchestration, ranks
 from worker.announce import announce
 from worker.assembly import Assembly, assemble, picture_rows, start
-from worker.checkpoint import Checkpoints
+from worker.checkpoint import Checkpoints, Contents
 from worker.disk import is_full
 from worker.ingest import model as imported
 from worker.ingest.dataset import LIMITS
 from worker.loop import Result
-from worker.parts import compute, pictures
+from worker.parts import compute, distributed, pictures
 from worker.parts.export import Card, export
 from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
@@ -84,22 +86,51 @@ def train(order: Order, reporter: Reporter) -> Finished:
     """Train as ordered; after running out of memory in a way that takes less, from the last checkpoint."""
     newest = Path(order.checkpoint) if order.checkpoint else None
     checkpoints = Checkpoints(Path(order.scratch), reporter, newest=newest)
-    plan = _plan_of(order, checkpoints)
+    first = plan = _plan_of(order, checkpoints)
     while True:
         made = assemble(order, reporter, plan=plan)
         plan = made.plan
-        announce(plan, made.device, order, reporter)
+        announce(plan, made.device, order, reporter, first=first)
         try:
             made = start(made, order, reporter)
-            result = loop.train(
-                made.objective, made.data, made.spec.training, plan, made.device, reporter, checkpoints,
-                kind=made.recipe.kind,
-            )  # fmt: skip
+            with ranks.together(order, plan, checkpoints.newest, reporter):
+                result = loop.train(
+                    made.objective, made.data, made.spec.training, plan, made.device, reporter, checkpoints,
+                    kind=made.recipe.kind,
+                )  # fmt: skip
             return _finish(made, result, order, reporter)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             plan = _with_less_memory(made, error, reporter)
+
+
+class _NotMine(Checkpoints):
+    """The checkpoints of a run whose first process writes them."""
+
+    def save(self, contents: Contents, **_: Any) -> None:
+        """Leave it to the first process."""
+
+
+def _follow(told: ranks.Told, ready: Callable[[], None]) -> None:
+    """Train beside the first process of a run, from the same plan and checkpoint."""
+    order, plan, reporter = told.order, told.plan, Reporter()
+    if plan.device == "cuda":
+        torch.cuda.set_device(told.rank)
+        order = order.model_copy(update={"device": f"cuda:{told.rank}"})
+    newest = Path(order.checkpoint) if order.checkpoint else None
+    try:
+        made = start(assemble(order, reporter, plan=plan), order, reporter)
+        ready()
+        with distributed.joined(Path(told.store), told.rank, plan.world_size, plan.device):
+            loop.train(
+                made.objective, made.data, made.spec.training, plan, made.device, reporter,
+                _NotMine(Path(order.scratch), reporter, newest=newest), kind=made.recipe.kind,
+            )  # fmt: skip
+    except JobFault:
+        raise
+    except Exception as error:
+        raise _translated(error, reporter) from error
 
 
 def _plan_of(order: Order, checkpoints: Checkpoints) -> Plan | None:
@@ -191,6 +222,7 @@ def _with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> P
     """
     plan = made.plan
     micro = plan.batch_size // plan.accumulate
+    each = plan.world_size  # processes that share it
     if plan.device == "cuda":
         torch.cuda.empty_cache()
     if bool(cast(Any, made.objective).couples_batch):
@@ -203,16 +235,16 @@ def _with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> P
             )  # fmt: skip
             why = {**plan.reasons, "checkpoint_activations": f"a batch of {micro} did not fit into memory without"}
             return plan.model_copy(update={"checkpoint_activations": True, "compile": False, "reasons": why})
-        fits = measure.largest_batch(made, micro // 2)
+        fits = measure.largest_batch(made, micro // 2 // each)
         raise ResourceFault(
             f"A batch of {micro} does not fit into memory even when activations are computed twice, and it is not "
             f"split, because the loss of {made.recipe.name} ties its samples together.", code="out_of_memory",
-            hint=f"Set training.batch_size to {fits}." if fits else "Use a smaller network or smaller images.",
+            hint=f"Set training.batch_size to {fits * each}." if fits else "Use a smaller network or smaller images.",
         ) from error  # fmt: skip
-    if micro == 1 or micro % 2:
+    if micro == each or micro % (2 * each):
         raise ResourceFault(
             f"A micro-batch of {micro} does not fit into memory.", code="out_of_memory",
-            hint=f"Set training.batch_size to {2 * (plan.batch_size // 2)} or less." if micro > 1
+            hint=f"Set training.batch_size to {2 * (plan.batch_size // 2)} or less." if micro > each
             else "Use a smaller network or smaller images.",
         ) from error  # fmt: skip
     reporter.event(
@@ -253,7 +285,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(message.model_dump_json(), flush=True)
 
     reporter = Reporter(listener=listener)
-    threads = arguments.threads or max(1, torch.get_num_threads())
+    threads = arguments.threads or max(1, torch.get_num_threads() // (arguments.processes or 1))
     try:
         spec = json.loads(Path(arguments.spec).read_text(encoding="utf-8"))
         if not isinstance(spec, dict):
@@ -274,6 +306,7 @@ def run(arguments: argparse.Namespace) -> int:
         reporter.send(Failed(error=UserFault(f"{arguments.spec}: {error}", code="invalid_spec").failure("read")))
         return 1
     order = local_order(spec, dataset.facts, scratch, cache, threads=threads, device=arguments.device, model=model)
+    order = order.model_copy(update={"processes": arguments.processes})
     finished: list[Finished] = []
     kept = Reporter(
         listener=lambda message: finished.append(message) if isinstance(message, Finished) else listener(message)
@@ -328,10 +361,22 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     verb.add_argument("--out", required=True, help="where the model goes")
     verb.add_argument("--model", help="a folder with model.safetensors and config.json to start from or to use")
     verb.add_argument("--cache", help="where decoded images are kept; in the output folder by default")
-    verb.add_argument("--threads", type=int, default=0)
+    verb.add_argument("--threads", type=int, default=0, help="of each process; 0 shares what torch takes by itself")
+    verb.add_argument("--processes", type=_positive, help="that train together; on GPUs, one for each")
     verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    verb.set_defaults(work=run)
+    rank = verbs.add_parser("rank", help="be one of the other processes of a run; the first one starts it")
+    rank.set_defaults(work=lambda _: os._exit(ranks.follow(_follow)))  # at once: the first one waits
     return parser.parse_args(given)
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1 process trains")
+    return number
+
+
 if __name__ == "__main__":
-    raise SystemExit(run(_arguments(sys.argv[1:])))
+    arguments = _arguments(sys.argv[1:])
+    raise SystemExit(arguments.work(arguments))

@@ -28,10 +28,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from worker.lifeline import die_with_parent
+
 Main = Callable[[str, socket.socket], int]
 Published = dict[str, list[dict[str, Any]]]
 LINE_BYTES = 1 << 20
-PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -144,7 +145,7 @@ def _become_trainer(
     code = 1
     try:
         os.setpgid(0, 0)
-        _die_with_parent()
+        die_with_parent()
         if os.getppid() != parent:  # it died before we asked to die with it
             os._exit(1)
         signal.set_wakeup_fd(-1)
@@ -175,13 +176,6 @@ def _run(trainer: Main, request: dict[str, Any], connection: socket.socket, *, c
     if "torch" in sys.modules:
         importlib.import_module("torch").set_num_threads(request["threads"])
     return trainer(request["order"], connection)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _gone(children: set[int]) -> list[tuple[int, int]]:

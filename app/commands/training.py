@@ -22,6 +22,9 @@ def run(
     model: Annotated[
         Path | None, typer.Option(help="Folder with the model.safetensors and config.json to start from or to use.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="How many train together, sharing every batch; on GPUs, one for each.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train on a folder with no server, no database and no queue. Ctrl-C keeps the best model so far."""
@@ -32,6 +35,7 @@ def run(
             raise typer.Exit(Exit.USAGE)
     command = [sys.executable, "-m", "worker.trainer", "run", str(spec), "--data", data, "--out", str(out)]
     command += ["--model", str(model)] if model else []
+    command += ["--processes", str(processes)] if processes else []
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert trainer.stdout is not None
     view = LocalRun(spec.stem)

@@ -104,6 +104,11 @@ class Classifier(nn.Module):
         return nn.Sequential(*self._stages[: self.frozen_stages])
 
     @property
+    def idle_parameters(self) -> bool:
+        """Stages that wait to be thawed get no gradient."""
+        return self.params.trainable == "gradual"
+
+    @property
     def compiled_parts(self) -> list[nn.Module]:
         """The backbone, and its stages, which are called one by one where some of them stand still."""
         return [self.backbone, *self._stages]  # what is never called is never compiled

@@ -132,9 +132,9 @@ def precision(work: Workload, hardware: Hardware) -> tuple[Precision, str]:
 
 def resolve(
     training: Training, work: Workload, hardware: Hardware, *, mean: tuple[float, ...], std: tuple[float, ...],
-    cache: Literal["resident", "memory_map", "stream"] = "memory_map",
+    cache: Literal["resident", "memory_map", "stream"] = "memory_map", processes: int = 1,
 ) -> Plan:  # fmt: skip
-    """Turn every `auto` into a choice, with its reason.
+    """Turn every `auto` into a choice, with its reason; `processes` share every batch evenly.
 
     Raises:
         UserFault: what was asked for explicitly cannot work here; the message names the field.
@@ -150,17 +150,22 @@ def resolve(
     if batch > work.samples:
         reasons["batch_size"] = f"there are only {work.samples} training samples, {batch} were asked for"
         batch = work.samples
+    accumulate = choose("accumulate", training.accumulate, (1, "the batch is processed at once"))
+    parts = processes * accumulate
+    if batch % parts and batch > parts and batch != training.batch_size:
+        batch -= batch % parts
+        reasons["batch_size"] += f", to the last multiple of {parts}"
     if batch < work.min_batch:
         raise UserFault(
             f"training.batch_size: this recipe needs at least {work.min_batch} samples per batch, and {batch} are "
             f"available; give it more data.", code="batch_too_small",
         )  # fmt: skip
-    accumulate = choose("accumulate", training.accumulate, (1, "the batch is processed at once"))
     if batch % accumulate:
         raise UserFault(
             f"training.accumulate: a batch of {batch} does not divide into {accumulate} micro-batches.",
             code="accumulate",
         )
+    _refuse_uneven(batch, accumulate, processes)
     steps_per_epoch = max(1, work.samples // batch)
     steps = training.steps or steps_per_epoch * training.epochs
     in_layers = work.family == "convolutional"
@@ -173,6 +178,7 @@ def resolve(
         raise UserFault("training.optimizer: muon needs bfloat16 or float32, not float16.", code="precision")
     return Plan(
         device=hardware.device,
+        world_size=processes,
         threads=hardware.threads,
         precision=chosen_precision,
         memory_format=choose(
@@ -201,6 +207,28 @@ def resolve(
         probe_every=probe_every(work.samples) if work.kind == "pretrain" else 0,
         reasons=reasons,
     )  # fmt: skip
+
+
+def spread(plan: Plan, processes: int) -> Plan:
+    """Give the plan of a run that goes on with another number of processes: the same batches, shared otherwise.
+
+    Raises:
+        UserFault: its batches do not divide so.
+    """
+    _refuse_uneven(plan.batch_size, plan.accumulate, processes)
+    return plan.model_copy(update={"world_size": processes})
+
+
+def _refuse_uneven(batch: int, accumulate: int, processes: int) -> None:
+    parts = processes * accumulate
+    if batch % parts:
+        below = batch - batch % parts
+        which = f"{below} or {below + parts}" if below else f"{parts}"
+        micro = f" in {accumulate} micro-batches each" if accumulate > 1 else ""
+        raise UserFault(
+            f"training.batch_size: a batch of {batch} does not divide evenly among {processes} processes{micro}; use "
+            f"{which}.", code="batch_size",
+        )  # fmt: skip
 
 
 PROBE_ROWS = 2000

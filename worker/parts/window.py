@@ -1,9 +1,14 @@
-"""The losses of the last few steps, kept on the device so that no step waits for a number."""
+"""The losses of the last few steps, kept on the device so that no step waits for a number.
+
+Where several processes train together each keeps its own losses, and reading them is done by all at once.
+"""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from worker.parts import distributed
 
 
 class Window:
@@ -13,6 +18,7 @@ class Window:
         self.names: list[str] = []
         self._size, self._rows = size, list[Tensor]()
         self._open: Tensor | None = None
+        self._shared = 0  # rows that are means over all processes already
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -47,8 +53,13 @@ class Window:
         return int(bad.int().argmax()) if bool(bad.any()) else None
 
     def values(self) -> Tensor:
-        """Give all rows: [steps, names]."""
-        return torch.stack(self._rows) if self._rows else torch.empty(0, len(self.names))
+        """Give all rows, as means over all processes: [steps, names]."""
+        if not self._rows:
+            return torch.empty(0, len(self.names))
+        if self._shared < len(self._rows) and distributed.world_size() > 1:
+            self._rows[self._shared :] = distributed.mean(torch.stack(self._rows[self._shared :])).unbind(0)
+        self._shared = len(self._rows)
+        return torch.stack(self._rows)
 
     def load(self, values: Tensor, names: list[str], device: torch.device) -> None:
         """Go on from saved `values()`.
@@ -58,8 +69,9 @@ class Window:
         """
         if len(values) and values.shape[1] != len(names):
             raise RuntimeError(f"{values.shape[1]} losses of each step were kept, and {len(names)} names")
-        self.names, self._rows = names, list(values.to(device))
+        self.names, self._rows, self._shared = names, list(values.to(device)), len(values)
 
     def clear(self) -> None:
         """Begin anew."""
         self._rows.clear()
+        self._shared = 0

@@ -1,0 +1,397 @@
+"""Several processes as one: on the CPU, over gloo, two or three of them compute what one would."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from app.domain.datasets import DatasetFacts
+from app.domain.errors import ResourceFault, UserFault
+from tests.worker import partner, sets
+from tests.worker.partner import Turn
+from worker import assembly, trainer
+from worker.checkpoint import Checkpoints
+from worker.data import policy, shares
+from worker.data.augment import to_float
+from worker.loop import Result
+from worker.parts import distributed
+from worker.parts.seed import generator
+from worker.parts.tuning import Plan
+from worker.report import Failed, Finished, Message, Planned, Saved
+
+pytestmark = pytest.mark.worker
+MLP = {"architecture": "mlp", "hidden": [32]}
+# Adam would hide a gradient that is wrong by a factor.
+SGD = {"optimizer": "sgd", "precision": "float32", "weight_decay": 0.01}
+
+
+class Partners:
+    """Processes that wait for something to train, started when first needed."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def tell(self, turns: list[Turn]) -> None:
+        """Give each its turn."""
+        while len(self._processes) < len(turns):
+            command = [sys.executable, "-m", "tests.worker.partner"]
+            made = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._processes.append(made)
+        for process, turn in zip(self._processes, turns, strict=False):
+            assert process.stdin is not None
+            process.stdin.write(turn.model_dump_json() + "\n")
+            process.stdin.flush()
+
+    def answers(self, count: int) -> list[dict[str, Any]]:
+        """Read what they made of it."""
+        return [json.loads(process.stdout.readline()) for process in self._processes[:count] if process.stdout]
+
+    def close(self) -> None:
+        """End them."""
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def partners() -> Iterator[Partners]:
+    made, before = Partners(), distributed.PATIENCE
+    distributed.PATIENCE = partner.PATIENCE
+    yield made
+    distributed.PATIENCE = before
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> DatasetFacts:
+    """700 digits: more than one batch of every evaluation."""
+    return sets.write_set(tmp_path_factory.mktemp("many"), sets.digits(700, 60))
+
+
+@dataclass
+class Ran:
+    """What came of a run, in the first process and the others."""
+
+    heard: sets.Heard
+    module: nn.Module
+    plan: Plan
+    result: Result
+    others: list[dict[str, Any]] = field(default_factory=list)
+
+    def curve(self, prefix: str = "") -> dict[tuple[str, int], float | None]:
+        """Give all metrics by name and step."""
+        return {(name, step): value for name, step, value in self.heard.metrics() if name.startswith(prefix)}
+
+
+def train(
+    partners: Partners, body: dict[str, Any], facts: DatasetFacts, folder: Path, world: int, *, hooked: bool = False,
+    wish: Callable[[Message], str | None] = lambda _: None, **given: Any,
+) -> Ran:  # fmt: skip
+    heard = sets.Heard(wish)
+    order = sets.order(body, facts, folder, processes=world, **given)
+    turns = [
+        Turn(order=order, rank=rank, world=world, store=str(folder / "store"), hooked=hooked) for rank in range(world)
+    ]
+    # The first one decodes and caches; the others find it done.
+    assembly.assemble(order, sets.Heard().reporter)
+    partners.tell(turns[1:])
+    newest = Path(order.checkpoint) if order.checkpoint else None
+    checkpoints = Checkpoints(Path(order.scratch), heard.reporter, newest=newest)
+    try:
+        module, plan, result = partner.run(turns[0], heard, checkpoints)
+    finally:
+        others = partners.answers(world - 1)
+    return Ran(heard, module, plan, result, others)
+
+
+def assert_same_run(one: Ran, several: Ran) -> None:
+    expected, found = one.curve(), several.curve()
+    assert found.keys() == expected.keys()
+    assert len({step for name, step in expected if name == "train/loss"}) >= 20
+    for key, value in expected.items():
+        # One sample of hundreds may fall on the other side of a boundary.
+        slack = 1e-4 if key[0].endswith(("loss", "learning_rate")) else 2e-2
+        assert found[key] == pytest.approx(value, abs=slack, rel=1e-4), key
+    theirs = several.module.state_dict()
+    for name, value in one.module.state_dict().items():
+        assert torch.allclose(theirs[name].double(), value.double(), atol=1e-4, rtol=1e-3), name
+    assert several.others
+    for other in several.others:
+        assert other["digest"] == partner.digest(several.module), "all processes hold the same bits"
+        assert (other["step"], other["ended_by"]) == (several.result.step, several.result.ended_by)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "augmented": {"params": {"augmentation": "standard"}},
+    "accumulated, averaged, clipped": {
+        "params": {"augmentation": "light", "ema": 0.9}, "training": {"accumulate": 2, "gradient_clip": 0.5},
+    },
+    "mixed": {"params": {"mixup": 0.4, "cutmix": 1.0}, "training": {"accumulate": 2}},
+    "batch norm": {"model": sets.NETWORK, "training": {"epochs": 4, "batch_size": 64, "learning_rate": 0.01}},
+    "thawing": {"model": {"architecture": "mlp", "hidden": [32, 32]}, "params": {"trainable": "gradual"}},
+    "frozen": {"model": {"architecture": "mlp", "hidden": [32, 32]}, "params": {"trainable": "last:1"}},
+    "resampled, ended early": {
+        "params": {"class_balance": "resample"},
+        "training": {"epochs": 9, "early_stopping": {"metric": "validation/loss", "patience": 1, "min_delta": 0.3}},
+    },
+}  # fmt: skip
+
+
+def classification(case: dict[str, Any]) -> dict[str, Any]:
+    training = {"epochs": 3, "batch_size": 32, "learning_rate": 0.05, **SGD, **case.get("training", {})}
+    return {
+        **sets.spec(params=case.get("params", {})), "model": case.get("model", MLP), "training": training,
+        "data": {"validation_fraction": 0.4},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_two_processes_fine_tune_as_one(
+    case: dict[str, Any], partners: Partners, many: DatasetFacts, tmp_path: Path
+) -> None:
+    body = classification(case)
+    one, two = (train(partners, body, many, tmp_path / str(world), world) for world in (1, 2))
+    assert (one.plan.world_size, two.plan.world_size) == (1, 2)
+    assert_same_run(one, two)
+    assert {type(module) for module in two.module.modules()} == {type(module) for module in one.module.modules()}
+
+
+@pytest.mark.parametrize("recipe", ["simclr", "vicreg", "barlow_twins"])
+def test_two_processes_compare_views_as_one(
+    recipe: str, partners: Partners, many: DatasetFacts, tmp_path: Path
+) -> None:
+    """Whatever ties the samples of a batch together sees all of them, and its gradient has the right size."""
+    rates = {"simclr": 0.1, "vicreg": 0.005, "barlow_twins": 0.05}
+    training = {"epochs": 5, "batch_size": 128, "learning_rate": rates[recipe], "gradient_clip": 10.0, **SGD}
+    body = {**sets.spec(recipe), "model": MLP, "training": training}
+    one, two = (train(partners, body, many, tmp_path / str(world), world) for world in (1, 2))
+    assert ("probe/effective_rank", 25) in one.curve(), "features that both computed in turn"
+    assert_same_run(one, two)
+
+
+def test_hooks_leave_the_same_state_everywhere(partners: Partners, many: DatasetFacts, tmp_path: Path) -> None:
+    ran = train(partners, classification({"training": {"batch_size": 48}}), many, tmp_path, 3, hooked=True)
+    assert [other["digest"] for other in ran.others] == [partner.digest(ran.module)] * 2
+
+
+def test_a_resumed_run_of_three_ends_with_the_same_bits(partners: Partners, many: DatasetFacts, tmp_path: Path) -> None:
+    """With three the order of summing matters, so gradients must be laid out alike in every attempt."""
+    training = {"epochs": 2, "batch_size": 48, "checkpoint_every": 7}
+    body = {**sets.spec(params={"augmentation": "light"}), "training": training, "model": sets.NETWORK}
+    kept = tmp_path / "kept.safetensors"
+
+    def keep(message: Message) -> None:
+        if isinstance(message, Saved) and message.step == 7:
+            kept.write_bytes((tmp_path / "whole" / "scratch" / message.file).read_bytes())
+
+    whole = train(partners, body, many, tmp_path / "whole", 3, wish=keep)
+    resumed = train(partners, body, many, tmp_path / "resumed", 3, checkpoint=str(kept))
+    assert partner.digest(resumed.module) == partner.digest(whole.module)
+    assert resumed.curve().items() <= whole.curve().items()
+    assert {other["digest"] for other in resumed.others} == {partner.digest(whole.module)}
+
+
+def test_a_stop_ends_all_at_the_same_step(partners: Partners, many: DatasetFacts, tmp_path: Path) -> None:
+    body = classification({"training": {"epochs": 2000}})
+
+    def stop(message: Message) -> str | None:
+        return "stop" if getattr(message, "code", "") == "train.first_step" else None
+
+    ran = train(partners, body, many, tmp_path, 2, wish=stop)
+    assert ran.result.outcome == "stopped"
+    assert 1 <= ran.result.step < 0.9 * ran.plan.steps
+    assert [other["step"] for other in ran.others] == [ran.result.step]
+    assert [saved.step for saved in ran.heard.of(Saved)][-1] == ran.result.step
+
+
+def test_time_that_is_over_ends_all_at_the_same_step(partners: Partners, many: DatasetFacts, tmp_path: Path) -> None:
+    ran = train(partners, classification({"training": {"epochs": 5000, "max_seconds": 1.0}}), many, tmp_path, 2)
+    assert ran.result.ended_by == "max_seconds"
+    assert [(other["step"], other["ended_by"]) for other in ran.others] == [(ran.result.step, "max_seconds")]
+
+
+def test_a_loss_that_is_not_finite_ends_all(partners: Partners, many: DatasetFacts, tmp_path: Path) -> None:
+    body = classification({"training": {"learning_rate": 1e30, "warmup_fraction": 0}})
+    with pytest.raises(UserFault, match=r"not finite at step (\d+)") as raised:
+        train(partners, body, many, tmp_path, 2)
+    assert len(raised.value.message.split(",")) > 30, "the samples of the whole batch"
+    after = train(partners, classification({"training": {"epochs": 1}}), many, tmp_path / "after", 2)
+    assert [other["digest"] for other in after.others] == [partner.digest(after.module)], "both are free again"
+
+
+# From here on the processes are started, watched and ended as for a user.
+
+
+def job(**training: Any) -> dict[str, Any]:
+    return {**sets.spec(), "model": MLP, "training": {"epochs": 4, "batch_size": 32, **SGD, **training}}
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "rank" in child.cmdline()]
+
+
+def test_an_order_for_two_processes_gives_the_model_of_one(many: DatasetFacts, tmp_path: Path) -> None:
+    weights: list[dict[str, torch.Tensor]] = []
+    for count in (None, 2):
+        order = sets.order(job(), many, tmp_path / str(count), processes=count)
+        heard, last = sets.carry_out(order)
+        assert isinstance(last, Finished), last
+        assert heard.codes().count("processes.joined") == (1 if count else 0)
+        assert heard.of(Planned)[0].plan["world_size"] == (count or 1)
+        weights.append(load_file(Path(order.scratch) / "model" / "model.safetensors"))
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=1e-4), name
+    assert children() == []
+    assert not list(tmp_path.glob("*/scratch/.processes-*"))
+
+
+def test_a_killed_process_ends_the_run_as_a_system_fault(many: DatasetFacts, tmp_path: Path) -> None:
+    order = sets.order(job(epochs=5000, checkpoint_every=50), many, tmp_path, processes=2)
+
+    def kill(message: Message) -> None:
+        if isinstance(message, Saved) and message.step == 50:
+            (child,) = children()
+            child.kill()
+
+    began = time.monotonic()
+    heard, last = sets.carry_out(order, kill)
+    assert isinstance(last, Failed)
+    assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "process_lost", True)
+    assert "Process 2 of 2 was killed (SIGKILL)" in last.error.message
+    assert heard.of(Saved), "what was saved before is kept"
+    assert children() == []
+    assert time.monotonic() - began < 120
+
+
+def test_no_process_outlives_the_first_one(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps(job(epochs=5000)))
+    command = [
+        sys.executable, "-m", "worker.trainer", "run", str(tmp_path / "spec.json"), "--data", "builtin:digits",
+        "--out", str(tmp_path / "out"), "--threads", "1", "--device", "cpu", "--processes", "2",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if json.loads(line).get("code") == "train.first_step":
+            break
+    others = psutil.Process(first.pid).children(recursive=True)
+    assert len([other for other in others if "rank" in other.cmdline()]) == 1
+    assert all(os.getpgid(other.pid) == os.getpgid(first.pid) for other in others), "one group, one kill"
+    first.kill()
+    first.communicate()
+    _, alive = psutil.wait_procs(others, timeout=20)
+    assert alive == []
+
+
+def test_going_on_with_another_number_of_processes_is_not_exact(many: DatasetFacts, tmp_path: Path) -> None:
+    order = sets.order(job(checkpoint_every=5), many, tmp_path / "two", processes=2)
+    heard, last = sets.carry_out(order, lambda message: "drain" if isinstance(message, Saved) else None)
+    assert isinstance(last, Finished)
+    assert last.outcome == "drained"
+    planned = heard.of(Planned)[0]
+    given = {
+        "plan": planned.plan, "fingerprint": planned.fingerprint, "attempt": 2,
+        "checkpoint": str(Path(order.scratch) / heard.of(Saved)[-1].file),
+    }  # fmt: skip
+    heard, last = sets.carry_out(sets.order(job(), many, tmp_path / "one", **given))
+    assert isinstance(last, Finished), last
+    assert last.outcome == "succeeded"
+    again = heard.of(Planned)[0]
+    assert (again.plan["world_size"], again.exact) == (1, False)
+    event = next(message for message in heard.messages if getattr(message, "code", "") == "resume.inexact")
+    assert event.data["differs"] == ["world_size"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.long
+def test_out_of_memory_halves_the_micro_batch_of_all(
+    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = assembly.assemble
+
+    def assemble(*given: Any, **named: Any) -> Any:
+        made = real(*given, **named)
+        forward = made.objective.forward
+
+        def limited(batch: Any, progress: Any) -> Any:
+            if len(batch["label"]) > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return forward(batch, progress)
+
+        made.objective.forward = limited
+        return made
+
+    monkeypatch.setattr(trainer, "assemble", assemble)
+    heard, last = sets.carry_out(sets.order(job(), many, tmp_path, processes=2))
+    assert isinstance(last, Finished), last
+    assert [message.plan["accumulate"] for message in heard.of(Planned)] == [1, 2]
+    assert children() == []
+
+
+# What follows needs no second process.
+
+VIEWS: dict[str, policy.Augment | None] = {
+    "light": policy.policy("light", image_size=8, channels=3),
+    "standard": policy.policy("standard", image_size=8, channels=1),
+    "strong": policy.policy("strong", image_size=8, channels=3),
+    "two views": policy.views(policy.simclr_view(image_size=40, channels=3), 2),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_draws_of_a_part_are_those_of_the_whole(name: str) -> None:
+    view = VIEWS[name]
+    assert view is not None
+    channels, side = (1 if name == "standard" else 3), (40 if name == "two views" else 8)
+    shape = (24, channels, side, side)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator(0, "images"))
+    whole = to_float(view(images, generator(1, "draws")))
+    parts: list[torch.Tensor] = []
+    for rank in range(3):
+        with shares._SharedDraws(24, rank, 3):
+            parts.append(to_float(view(images[8 * rank : 8 * rank + 8], generator(1, "draws"))))
+    joined = torch.stack([part.unflatten(0, (-1, 8)) for part in parts], dim=1).flatten(0, 2)
+    assert torch.allclose(joined, whole, atol=1e-6)
+
+
+def test_inputs_that_mix_samples_are_told_from_those_that_do_not() -> None:
+    batch = {"image": torch.zeros(8, 1, 8, 8, dtype=torch.uint8), "label": torch.zeros(8, dtype=torch.int64)}
+    with pytest.raises(shares._MixesSamples), shares._SharedDraws(16, 0, 2):
+        policy.mix(batch, generator(0), mixup=0.4, cutmix=0.0, classes=2)
+    coin = [torch.rand(1, generator=generator(0))]
+    for rank in range(2):
+        with shares._SharedDraws(16, rank, 2):
+            coin.append(torch.rand(1, generator=generator(0)))
+    assert torch.equal(coin[0], coin[1])
+    assert torch.equal(coin[1], coin[2])
+
+
+def test_a_job_gets_a_process_for_each_gpu_and_not_more(
+    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda = torch.device("cuda")
+    for gpus, device, found in ((2, cuda, 2), (1, cuda, 1), (2, torch.device("cpu"), 1)):
+        order = sets.order({**job(), "resources": {"gpus": gpus}}, many, tmp_path)
+        assert assembly.choose_processes(assembly.read_spec(order.spec)[0], order, device) == found
+    order = sets.order({**job(), "resources": {"gpus": 3}}, many, tmp_path)
+    with pytest.raises(ResourceFault, match="3 GPUs are wanted, and this worker gives 2"):
+        assembly.choose_processes(assembly.read_spec(order.spec)[0], order, cuda)
+
+
+def test_an_uneven_batch_is_refused_and_the_message_says_what_would_do(many: DatasetFacts, tmp_path: Path) -> None:
+    _, last = sets.carry_out(sets.order(job(batch_size=50), many, tmp_path, processes=4))
+    assert isinstance(last, Failed)
+    assert last.error.fault == "user"
+    assert last.error.message.startswith("training.batch_size: a batch of 50 does not divide evenly among 4 processes")
+    assert "use 48 or 52" in last.error.message
