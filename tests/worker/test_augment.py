@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as v2
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as transforms
 
 from worker.data import augment, policy
 
@@ -110,6 +111,26 @@ def test_mixup_blends_and_cutmix_pastes(images: torch.Tensor) -> None:
     torch.testing.assert_close(pasted["image"][0, :, 2:12, 3:11], images[1, :, 2:12, 3:11])
     torch.testing.assert_close(pasted["image"][0, :, 12:], images[0, :, 12:])
     torch.testing.assert_close(pasted["target"][0], torch.tensor([0.75, 0.25, 0.0]))
+
+
+def test_mixup_and_cutmix_are_torchvisions(images: torch.Tensor) -> None:
+    # Theirs roll the batch by one and draw one share for all of it; so that is what ours are told here.
+    labels, partner = torch.tensor([0, 1, 2, 1]), torch.tensor([3, 0, 1, 2])
+    batch = {"image": images, "label": labels}
+    torch.manual_seed(4)
+    their_images, their_targets = transforms.MixUp(num_classes=3)(images, labels)
+    share = their_targets[1, 1]
+    ours = augment.mixup(batch, share.expand(4), partner, classes=3)
+    torch.testing.assert_close(ours["image"], their_images)
+    torch.testing.assert_close(ours["target"], their_targets)
+    their_images, their_targets = transforms.CutMix(num_classes=3)(images, labels)
+    pasted = (their_images == images.roll(1, 0)).all(1).all(0)  # bool [height, width]
+    rows, columns = pasted.any(1).nonzero().flatten(), pasted.any(0).nonzero().flatten()
+    box = (rows[0], columns[0], len(rows), len(columns))
+    ours = augment.cutmix(batch, *(torch.as_tensor(edge).expand(4) for edge in box), partner, classes=3)
+    assert 0 < pasted.float().mean() < 1
+    torch.testing.assert_close(ours["image"], their_images)
+    torch.testing.assert_close(ours["target"], their_targets)
 
 
 @pytest.mark.parametrize("level", ["light", "standard", "strong"])

@@ -185,7 +185,21 @@ def test_prepared_batches_are_mixed_and_keep_their_labels(batch):
     assert logged["loss"].isfinite()
 
 
+def test_rand_augment_is_drawn_beside_any_level():
+    image = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for level, same in (("none", 1), ("light", 0)):
+        params = ClassificationParams.model_validate({"augmentation": level, "rand_augment": {"operations": 1}})
+        prepare: Any = inputs(params, make()[1])
+        made = prepare({"image": image, "label": torch.zeros(40)}, torch.Generator().manual_seed(1))["image"]
+        assert made.dtype == torch.uint8
+        untouched = sum(torch.equal(one, other) for one, other in zip(made, image, strict=True))
+        assert untouched <= 40 // 3
+        assert untouched >= same, "one operation of 14 is the identity"
+    assert inputs(ClassificationParams.model_validate({"trainable": "head", "rand_augment": {}}), make()[1]) is not None
+
+
 @pytest.mark.parametrize("wrong", [
+    {"rand_augment": {"operations": 0}}, {"rand_augment": {"magnitude": 31}}, {"rand_augment": "strong"},
     {"trainable": "last:0"}, {"trainable": "half"}, {"layer_decay": 0}, {"ema": 1.0}, {"mixup": -1}, {"colour": 1},
     {"head": {"hidden": [0]}}, {"head": {"dropout": 1.0}}, {"augmentation": "wild"}, {"label_smoothing": 1.0},
 ])  # fmt: skip

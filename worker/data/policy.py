@@ -159,7 +159,7 @@ class View:
         return augment.erase(images, top, left, tall * chance(batch, self.erase, generator), wide)
 
 
-def policy(level: Level, *, image_size: int, channels: int) -> Augment | None:
+def policy(level: Level, *, image_size: int, channels: int) -> View | None:
     """Give the supervised policy of a level; `none` gives None, so that features can be cached."""
     small, colour = image_size <= SMALL, channels == 3
     moved = View(image_size, crop_padding=max(1, image_size // 8), flip=0.5 if colour else 0.0)

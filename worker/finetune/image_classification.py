@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from app.domain.errors import UserFault
-from worker.data.policy import mix, policy
+from worker.data.policy import Augment, mix, policy
+from worker.data.rand_augment import BINS, RandAugment, beside
 from worker.parts.backbones import Stage, stage_modules
 from worker.parts.heads import build_head
 from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
@@ -32,6 +33,16 @@ class Head(Params):
         return (self.hidden,) if isinstance(self.hidden, int) else self.hidden
 
 
+class RandAugmentParams(Params):
+    """RandAugment (arXiv 1909.13719)."""
+
+    operations: int = Field(default=2, ge=1, le=8, description="How many of its 14 operations each sample gets.")
+    magnitude: float = Field(default=9.0, ge=0, le=BINS, description="How strong they are.")
+    spread: float = Field(
+        default=0.0, ge=0, le=10, description="Standard deviation of each sample's own magnitude around it."
+    )
+
+
 class ClassificationParams(Params):
     """How to fine-tune."""
 
@@ -49,6 +60,10 @@ class ClassificationParams(Params):
     augmentation: Literal["none", "light", "standard", "strong"] | None = Field(
         default=None,
         description="null: `none` with `head` and `last:N`, whose frozen part is computed once; else light.",
+    )
+    rand_augment: RandAugmentParams | None = Field(
+        default=None,
+        description="RandAugment after the crops and mirrors of `augmentation`, in place of its turns and colours.",
     )
     mixup: float = Field(default=0.0, ge=0, le=10, description="Beta parameter of MixUp; 0 is off.")
     cutmix: float = Field(default=0.0, ge=0, le=10, description="Beta parameter of CutMix; 0 is off.")
@@ -211,7 +226,10 @@ def build(params: ClassificationParams, backbone: nn.Module, info: Info) -> Clas
 
 def inputs(params: ClassificationParams, info: Info) -> Any:
     """Augment, then mix; None when there is nothing to do, so that a frozen prefix needs one pass only."""
-    augment = policy(params.level, image_size=info.image_size, channels=info.channels)
+    augment: Augment | None = policy(params.level, image_size=info.image_size, channels=info.channels)
+    if params.rand_augment is not None:
+        drawn = params.rand_augment
+        augment = beside(augment, RandAugment(drawn.operations, drawn.magnitude, drawn.spread))
     if augment is None and not params.mixup and not params.cutmix:
         return None
 
