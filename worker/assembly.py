@@ -109,7 +109,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     info = Info(
         task=facts.task, classes=facts.classes, samples=len(data.train), channels=channels, image_size=size,
         feature_dimension=int(cast(Any, backbone.dimension)), architecture=network.facts, class_counts=counts,
-        labelled=int((data.train.labels >= 0).sum()), mean=tuple(mean), std=tuple(std), recipe=catalogue.recipe,
+        labelled=int((data.train.labels >= 0).sum()), mean=tuple(mean), std=tuple(std), seed=seed,
+        recipe=catalogue.recipe,
     )  # fmt: skip
     assert recipe.build is not None
     with torch.random.fork_rng(devices=[]):
@@ -123,7 +124,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
             tuning.Workload(
                 kind=recipe.kind, family=network.facts["family"], image_size=size, channels=channels,
                 samples=len(data.train), couples_batch=bool(objective.couples_batch),
-                min_batch=recipe.requires.min_batch, pretrained=network.weights is not None,
+                min_batch=recipe.requires.min_batch,
+                pretrained=network.weights is not None or network.architecture.get("weights") is not None,
             ),
             tuning.look(device.type, threads),
             mean=mean, std=std, processes=processes,

@@ -14,9 +14,9 @@ from app.domain.models import ModelConfig
 from app.domain.spec import Spec
 
 # What `inputs` is given: "image" [batch, channels, height, width], uint8, or float in [0, 1] for a dataset of 16 bits;
-# "label" int64 [batch] (-1 = no label); "index" int64 [batch] (the sample's number). It may add, replace or drop keys.
-# Every tensor whose key starts with "image" is, when `inputs` is done with it, of one of these two kinds as well; the
-# loop then normalises it per channel.
+# "label" int64 [batch] (-1 = no label); "index" int64 [batch] (the sample's number); "epoch" int64 [batch], from 0. It
+# may add, replace or drop keys. Every tensor whose key starts with "image" is, when `inputs` is done with it, of one of
+# these two kinds as well; the loop then normalises it per channel.
 Batch = dict[str, Tensor]
 Kind = Literal["pretrain", "finetune", "apply"]
 
@@ -75,6 +75,7 @@ class Info:
     labelled: int = 0  # training samples with a label, which pretraining reports by and never trains on
     mean: tuple[float, ...] = (0.0,)  # what the loop normalises with, per channel, of pixels in [0, 1]
     std: tuple[float, ...] = (1.0,)
+    seed: int = 0  # of what is drawn once for the whole run
     recipe: Callable[[str], "Recipe"] = field(default=lambda name: _no_catalogue(name))
 
 

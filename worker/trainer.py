@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from app.domain.errors import JobFault, ResourceFault, SystemFault, UserFault
 from app.domain.models import ModelConfig
+from app.domain.presets import laid_under, refused_preset
 from worker import alone, application, catalogue, evaluate, ingest, loop, measure, orchestration, ranks
 from worker.announce import announce
 from worker.assembly import Assembly, assemble, picture_rows, start
@@ -299,13 +300,13 @@ def run(arguments: argparse.Namespace) -> int:
             )
         else:
             dataset = ingest.ingest_folder(arguments.data, data, reporter=reporter, threads=threads)
+        order = local_order(spec, dataset.facts, scratch, cache, threads=threads, device=arguments.device, model=model)
     except JobFault as fault:
         reporter.send(Failed(error=fault.failure("ingest")))
         return 1
     except (OSError, json.JSONDecodeError) as error:
         reporter.send(Failed(error=UserFault(f"{arguments.spec}: {error}", code="invalid_spec").failure("read")))
         return 1
-    order = local_order(spec, dataset.facts, scratch, cache, threads=threads, device=arguments.device, model=model)
     order = order.model_copy(update={"processes": arguments.processes})
     finished: list[Finished] = []
     kept = Reporter(
@@ -329,7 +330,9 @@ def local_order(
 ) -> Order:  # fmt: skip
     """Make the order of a run without a server."""
     found = catalogue.recipe(str(spec.get("recipe")))
-    body = catalogue.merge(found.defaults, spec)
+    if (refused := refused_preset(spec, found.name)) is not None:
+        raise UserFault(f"training.preset: {refused.message}", code="preset")
+    body = laid_under(spec, found.name, found.defaults)
     return Order(
         job="job_local", attempt=1, kind=found.kind, recipe=found.name, spec=body, dataset=facts, scratch=str(scratch),
         cache=str(cache), cache_bytes=50 * 2**30, threads=threads, device=device, limits=LIMITS, model=model,

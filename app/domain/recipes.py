@@ -4,6 +4,7 @@ The API knows recipes and architectures only as the rows that workers published;
 job is refused with a reason before it is queued, without torch.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from app.domain.chosen import too_many
 from app.domain.errors import Detail, Invalid
 from app.domain.pointers import not_finite, pointer, schema_defaults, schema_details, validation_details
+from app.domain.presets import laid_under, refused_preset
 from app.domain.spec import Architecture, Optimizer, Spec
 
 Json = dict[str, Any]
@@ -23,6 +25,7 @@ Architectures = Mapping[str, Mapping[str, Any]]  # facts by name
 _SPEC_SCHEMA = Spec.model_json_schema()
 _SHARED_OPTIONS = frozenset(Architecture.model_fields)
 _TRAINS = ("pretrain", "finetune")
+_PRESET_LOOKS = 40_000  # samples seen, each time anew, below which a preset's few epochs hardly teach
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,17 @@ def refuse(details: Sequence[Detail]) -> Invalid:
 
 
 def resolve(body: Json, recipe: Published, architectures: Architectures) -> Spec:
-    """Lay the recipe's defaults under the body and check the whole against the published schemas.
+    """Lay the recipe's defaults and those of a preset under the body and check it against the published schemas.
 
     Raises:
         Invalid: with one detail for each value to correct.
     """
     if details := not_finite(body):
         raise refuse(details)
-    merged = merge(recipe.defaults, body)
+    merged = laid_under(body, recipe.name, recipe.defaults)
     found = schema_details(recipe.schema, merged) + schema_details(_SPEC_SCHEMA, merged)
+    if (detail := refused_preset(body, recipe.name)) is not None:
+        found.append(detail)
     if found:
         raise refuse(
             sorted({detail.pointer: detail for detail in reversed(found)}.values(), key=lambda detail: detail.pointer)
@@ -103,27 +108,6 @@ def resolve(body: Json, recipe: Published, architectures: Architectures) -> Spec
     if details := list(_missing(spec, recipe)):
         raise refuse(details)
     return spec
-
-
-def merge(defaults: Mapping[str, Any], body: Mapping[str, Any]) -> Json:
-    """Lay `defaults` under `body`, object by object; what the body says always wins, null included.
-
-    Two objects that name different things (an architecture, an optimiser) are alternatives and are not mixed: the
-    options of the default one mean nothing to the other.
-    """
-    merged = dict(defaults)
-    for key, value in body.items():
-        default = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(default, Mapping):
-            ours, theirs = cast(Mapping[str, Any], value), cast(Mapping[str, Any], default)
-            merged[key] = dict(ours) if _are_alternatives(ours, theirs) else merge(theirs, ours)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _are_alternatives(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return any(key in one and one[key] != other.get(key, one[key]) for key in ("architecture", "name"))
 
 
 def architecture(model: Architecture, architectures: Architectures, *, at: str) -> Architecture:
@@ -320,6 +304,13 @@ def warnings(spec: Spec, dataset: Mapping[str, Any] | None) -> list[str]:
     batch = spec.training.batch_size
     if samples is not None and isinstance(batch, int) and batch > samples:
         found.append(f"training.batch_size is {batch}, but there are only {samples} training samples.")
+    if spec.training.preset is not None and samples and spec.training.steps is None:
+        epochs = math.ceil(_PRESET_LOOKS / samples)
+        if spec.training.epochs < epochs:
+            found.append(
+                f"training.preset {spec.training.preset} was made for tens of thousands of samples; with {samples}, "
+                f"{spec.training.epochs} epochs are few: try training.epochs {epochs}."
+            )
     if dataset and spec.data.labels_per_class is not None and dataset["classes"]:
         asked = spec.data.labels_per_class * len(dataset["classes"])
         if asked > int(dataset["labelled"].get("train", 0)):

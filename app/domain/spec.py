@@ -62,7 +62,10 @@ class EarlyStopping(Strict):
 class Training(Strict):
     """How to optimise. `auto` is resolved once, before step 0, and recorded in the plan."""
 
-    preset: None = Field(default=None, description="Named settings; this version has none, so only null is taken.")
+    preset: Literal["fast"] | None = Field(
+        default=None,
+        description="Named defaults under this body. `fast`: a good image classifier in the least time, from scratch.",
+    )
     epochs: int = Field(default=10, ge=1, le=100_000)
     steps: Count | None = Field(default=None, description="Optimiser steps of the whole run, in place of `epochs`.")
     batch_size: Count | Auto = Field(default="auto", description="Samples per optimiser step, over all devices.")

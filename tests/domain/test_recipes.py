@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.domain.errors import Invalid
-from app.domain.recipes import Network, Published, check, merge, nearest, resolve, unknown, warnings
+from app.domain.presets import merge
+from app.domain.recipes import Network, Published, check, nearest, resolve, unknown, warnings
 from app.domain.spec import Spec
 
 pytestmark = pytest.mark.unit

@@ -126,8 +126,9 @@ def test_mixup_and_cutmix_are_torchvisions(images: torch.Tensor) -> None:
     their_images, their_targets = transforms.CutMix(num_classes=3)(images, labels)
     pasted = (their_images == images.roll(1, 0)).all(1).all(0)  # bool [height, width]
     rows, columns = pasted.any(1).nonzero().flatten(), pasted.any(0).nonzero().flatten()
-    box = (rows[0], columns[0], len(rows), len(columns))
-    ours = augment.cutmix(batch, *(torch.as_tensor(edge).expand(4) for edge in box), partner, classes=3)
+    box = (int(rows[0]), int(columns[0]), len(rows), len(columns))
+    top, left, tall, wide = (torch.full((4,), edge) for edge in box)
+    ours = augment.cutmix(batch, top, left, tall, wide, partner, classes=3)
     assert 0 < pasted.float().mean() < 1
     torch.testing.assert_close(ours["image"], their_images)
     torch.testing.assert_close(ours["target"], their_targets)

@@ -89,7 +89,7 @@ def cache_prefix(
             values = torch.from_numpy(np.memmap(folder / "values", np.int16, "r+", shape=(views, rows, *shape)))
             for view in range(views):
                 start = 0
-                for batch_rows, batch in ahead(source, in_order(source, size)):
+                for batch_rows, batch in ahead(source, in_order(source, size), view):
                     made = forward(batch, view, start)
                     values[view, start : start + len(batch_rows)] = made.view(torch.int16)
                     start += len(batch_rows)

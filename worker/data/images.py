@@ -46,12 +46,13 @@ class Images:
         """Give the same rows with their pixels on a device."""
         return replace(self, pixels=self.pixels.to(device))
 
-    def batch(self, rows: Tensor, epoch: int = 0) -> Batch:  # noqa: ARG002 (the same in every epoch)
+    def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """Give the rows of these numbers."""
         return {
             "image": _as_kept(_movable(self.pixels).index_select(0, rows.to(self.pixels.device)), self.pixels),
             "label": self.labels[rows],
             "index": rows + self.first,
+            "epoch": torch.full_like(rows, epoch),
         }
 
 
@@ -72,13 +73,14 @@ class Streamed:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: Tensor, epoch: int = 0) -> Batch:  # noqa: ARG002 (the same in every epoch)
+    def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """Decode the rows of these numbers."""
         channels, size = self.shape
         self.encoded.check()
         made = list(self.pool.map(lambda row: self.encoded.decoded(row, channels, size), rows.tolist()))
         images = _as_kept(torch.stack([_movable(image) for image in made]), made[0])
-        return {"image": images, "label": self.labels[rows], "index": rows + self.first}
+        numbers = {"index": rows + self.first, "epoch": torch.full_like(rows, epoch)}
+        return {"image": images, "label": self.labels[rows], **numbers}
 
 
 def _movable(pixels: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Supervised image classification: a new head on a backbone, and as much of the backbone as should follow."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from app.domain.errors import UserFault
+from worker.data.mirror import alternating
 from worker.data.policy import Augment, mix, policy
 from worker.data.rand_augment import BINS, RandAugment, beside
 from worker.parts.backbones import Stage, stage_modules
@@ -60,6 +62,10 @@ class ClassificationParams(Params):
     augmentation: Literal["none", "light", "standard", "strong"] | None = Field(
         default=None,
         description="null: `none` with `head` and `last:N`, whose frozen part is computed once; else light.",
+    )
+    mirror: Literal["random", "alternating"] = Field(
+        default="random",
+        description="Where `augmentation` mirrors: by a coin each time, or each sample in every other epoch.",
     )
     rand_augment: RandAugmentParams | None = Field(
         default=None,
@@ -226,14 +232,20 @@ def build(params: ClassificationParams, backbone: nn.Module, info: Info) -> Clas
 
 def inputs(params: ClassificationParams, info: Info) -> Any:
     """Augment, then mix; None when there is nothing to do, so that a frozen prefix needs one pass only."""
-    augment: Augment | None = policy(params.level, image_size=info.image_size, channels=info.channels)
+    view = policy(params.level, image_size=info.image_size, channels=info.channels)
+    alternates = params.mirror == "alternating" and view is not None and view.flip > 0
+    if alternates and view is not None:
+        view = replace(view, flip=0.0)
+    augment: Augment | None = view
     if params.rand_augment is not None:
         drawn = params.rand_augment
-        augment = beside(augment, RandAugment(drawn.operations, drawn.magnitude, drawn.spread))
+        augment = beside(view, RandAugment(drawn.operations, drawn.magnitude, drawn.spread))
     if augment is None and not params.mixup and not params.cutmix:
         return None
 
     def prepare(batch: Batch, generator: Generator) -> Batch:
+        if alternates:
+            batch = alternating(batch, info.seed)
         if augment is not None:
             batch = {**batch, "image": augment(batch["image"], generator)}
         return mix(batch, generator, mixup=params.mixup, cutmix=params.cutmix, classes=len(info.classes))

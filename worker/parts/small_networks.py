@@ -155,10 +155,15 @@ def whiten(network: nn.Sequential, images: Tensor) -> None:
     stem = network.get_submodule("stem.0")
     assert isinstance(stem, nn.Conv2d)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        patches = F.unfold(images[:5000].float(), stem.kernel_size, stride=stem.stride)  # [n, c * k * k, places]
-        patches = patches.transpose(1, 2).flatten(0, 1)
-        patches = patches - patches.mean(0)
-        covariance = (patches.T @ patches / len(patches)).double().cpu()
+        size = stem.weight[0].numel()
+        total, squares, count = torch.zeros(size).double(), torch.zeros(size, size).double(), 0
+        # In float64, and in parts that fit the memory: what float32 gives depends on torch's matmul precision, which is
+        # set after this, and a second run in one process would start from other filters than the first.
+        for part in images[:5000].split(64):
+            patches = F.unfold(part.float(), stem.kernel_size, stride=stem.stride)  # [n, c * k * k, places]
+            patches = patches.transpose(1, 2).flatten(0, 1).double().cpu()
+            total, squares, count = total + patches.sum(0), squares + patches.T @ patches, count + len(patches)
+        covariance = squares / count - torch.outer(total, total) / count**2
         values, vectors = torch.linalg.eigh(covariance)
         half = stem.out_channels // 2
         leading = vectors.T.flip(0)[:half] / (values.flip(0)[:half, None] + 5e-4).sqrt()

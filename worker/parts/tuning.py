@@ -100,8 +100,11 @@ def batch_size(work: Workload, hardware: Hardware) -> tuple[int, str]:
     return chosen, why
 
 
-def learning_rate(work: Workload, optimizer: Optimizer, batch: int) -> tuple[float, str]:
+def learning_rate(work: Workload, optimizer: Optimizer, batch: int, preset: str | None = None) -> tuple[float, str]:
     """Choose a peak rate: linear in the batch for sgd, with its root for the adaptive ones."""
+    if preset == "fast" and optimizer.name == "muon" and work.family == "convolutional" and not work.pretrained:
+        # CIFAR-10, small_cnn of half the width, 2 epochs: 80.0 % with 0.01, 81.6 with 0.03, 80.0 with 0.06 (batch 512).
+        return _round(0.03 * math.sqrt(batch / 256)), "0.03 x root(batch / 256): few epochs, from scratch, under muon"
     if optimizer.name == "sgd":
         base = 0.01 if work.pretrained and work.kind == "finetune" else 0.1
         return _round(base * batch / 256), f"{base} x batch / 256 (linear scaling, arXiv 1706.02677)"
@@ -192,7 +195,9 @@ def resolve(
         deterministic=training.deterministic,
         batch_size=batch,
         accumulate=accumulate,
-        learning_rate=choose("learning_rate", training.learning_rate, learning_rate(work, optimizer, batch)),
+        learning_rate=choose(
+            "learning_rate", training.learning_rate, learning_rate(work, optimizer, batch, training.preset)
+        ),
         optimizer=optimizer.model_dump(mode="json"),
         epochs=math.ceil(steps / steps_per_epoch),  # the last one may be cut short
         steps_per_epoch=steps_per_epoch,
