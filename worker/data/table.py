@@ -35,6 +35,13 @@ def vectors(values: Tensor) -> "pa.Array":
     return pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), values.shape[1])
 
 
+def column(values: Tensor) -> "pa.Array":
+    """Give [n] as a column."""
+    import pyarrow as pa
+
+    return pa.array(values.numpy())
+
+
 def write(path: Path, rows: int, columns: "Callable[[slice], Mapping[str, Any]]", tick: Callable[[int], None]) -> None:
     """Write a table piece by piece, so that no more than a piece of it is in memory.
 
