@@ -62,7 +62,7 @@ def run(order: Order, reporter: Reporter) -> Finished:
         samples=max(sum(facts.splits.values()), 1), pretrained=True,
     )  # fmt: skip
     plan = given or tuning.resolve(
-        spec.training.model_copy(update={"epochs": 1}), work, tuning.look(device.type, threads),
+        spec.training.model_copy(update={"epochs": 1, "steps": None}), work, tuning.look(device.type, threads),
         mean=normal[0], std=normal[1],
     )  # fmt: skip
     announce(plan, device, order, reporter)

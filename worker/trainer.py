@@ -21,19 +21,18 @@ from pydantic import ValidationError
 from app.domain.errors import JobFault, ResourceFault, SystemFault, UserFault
 from app.domain.models import ModelConfig
 from app.domain.presets import laid_under, refused_preset
-from worker import alone, application, catalogue, evaluate, ingest, loop, measure, orchestration, ranks
+from worker import alone, application, catalogue, evaluate, ingest, loop, measure, orchestration, ranks, show
 from worker.announce import announce
-from worker.assembly import Assembly, assemble, picture_rows, start
+from worker.assembly import Assembly, assemble, start
 from worker.checkpoint import Checkpoints, Contents
 from worker.disk import is_full
 from worker.ingest import model as imported
 from worker.ingest.dataset import LIMITS
 from worker.loop import Result
-from worker.parts import compute, distributed, pictures
+from worker.parts import distributed
 from worker.parts.export import Card, export
-from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
-from worker.report import BaseModelInput, Failed, Finished, MadeFile, MadeModel, Message, Metrics, Order, Reporter
+from worker.report import BaseModelInput, Failed, Finished, MadeModel, Message, Metrics, Order, Reporter
 from worker.ticker import Ticker
 
 TRACE_LINES = 30
@@ -161,7 +160,7 @@ def _finish(made: Assembly, result: Result, order: Order, reporter: Reporter) ->
         details[split] = evaluate.details(found, made.info.classes)
         if split == "test":
             reporter.send(Metrics(rows=tuple((name, result.step, value) for name, value in numbers.items())))
-    files = _pictures(made, scratch)
+    files = show.drawn(made, scratch, reporter)
     model = _export(made, scratch, metrics, details, order)
     summary: dict[str, Any] = {
         "ended_by": result.ended_by, "steps": result.step, "epochs": result.epoch,
@@ -193,26 +192,6 @@ def _export(
         scratch, objective.backbone, getattr(objective, "head", None), config=made.config(), card=Card(title, facts),
         metrics=metrics, details=details,
     )  # fmt: skip
-
-
-def _pictures(made: Assembly, scratch: Path) -> list[MadeFile]:
-    """Write an objective's pictures as PNG grids of eight in a row."""
-    show = getattr(made.objective, "pictures", None)
-    if show is None:
-        return []
-    reseed(derive(made.spec.training.seed, "pictures"), made.device)
-    named = getattr(made.objective, "picture_rows", None)
-    rows = named() if named is not None else picture_rows(made)
-    batch = made.data.ready(made.data.train.batch(rows), made.device)
-    with evaluate.evaluating(made.objective, made.plan, made.device):
-        shown: dict[str, torch.Tensor] = show(compute.laid_out(batch, made.plan))
-    files: list[MadeFile] = []
-    mean, std = (value.view(-1, 1, 1) for value in (made.data.mean, made.data.std))
-    for name, images in shown.items():
-        grid = pictures.grid(images.float().cpu() * std + mean, columns=min(len(rows), 8))
-        (scratch / f"{name}.png").write_bytes(pictures.png(grid))
-        files.append(MadeFile(name=f"{name}.png", file=f"{name}.png", media_type="image/png"))
-    return files
 
 
 def _with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Plan:

@@ -6,6 +6,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.system.up import running
@@ -34,5 +35,9 @@ def test_the_walkthrough_ends_with_the_weights(tmp_path: Path) -> None:
     assert done.stdout.startswith("ready\n")
     assert "event: done" in done.stdout
     assert "'test/accuracy'" in done.stdout
+    assert "'duplicates/leaking_pairs'" in done.stdout
+    assert (tmp_path / "outliers.png").read_bytes().startswith(b"\x89PNG")
+    pairs = pq.read_table(tmp_path / "duplicates.parquet")
+    assert {"first_sample", "second_split", "similarity", "exact"} <= set(pairs.column_names)
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         assert {"model.safetensors", "config.json", "README.md", "metrics.json"} <= set(archive.namelist())

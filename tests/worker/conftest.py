@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from app.domain.datasets import DatasetFacts
-from tests.worker import sets
+from tests.worker import models, sets
+from worker.report import BaseModelInput
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,3 +23,9 @@ def one_thread() -> Iterator[None]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> DatasetFacts:
     """160 training and 60 test digits, all labelled."""
     return sets.write_set(tmp_path_factory.mktemp("digits"), sets.digits())
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> BaseModelInput:
+    """A narrow network that has seen 600 digits without their labels."""
+    return models.pretrained(tmp_path_factory.mktemp("pretrained"))

@@ -1,13 +1,34 @@
 """A trained model for tests that use one: pretrained on real digits in a few seconds, once per session."""
 
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 from safetensors.torch import save_file
 
+from app.domain.datasets import DatasetFacts
 from app.domain.models import ModelConfig
 from tests.worker import sets
 from worker.parts.networks import Network, assemble, state_dict
-from worker.report import BaseModelInput, Finished
+from worker.report import BaseModelInput, Finished, Order
+
+
+def order(recipe: str, facts: DatasetFacts, folder: Path, base: BaseModelInput | None, **given: Any) -> Order:
+    """Make the order of a job that uses a model."""
+    return sets.order({"recipe": recipe, "model": MODEL, **given}, facts, folder, model=base)
+
+
+def done(given: Order) -> Finished:
+    """Run an order that must succeed, and check that it named what it wrote."""
+    _, last = sets.carry_out(given)
+    assert isinstance(last, Finished), last
+    assert {path.name for path in Path(given.scratch).iterdir()} == {file.name for file in last.files}
+    return last
+
+
+def table(given: Order, name: str) -> Any:
+    """Read a Parquet file of a job."""
+    return pq.read_table(Path(given.scratch) / name)
 
 
 def pretrained(folder: Path, *, rows: int = 600, epochs: int = 12) -> BaseModelInput:

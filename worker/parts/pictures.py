@@ -51,9 +51,9 @@ def _shown(images: Tensor) -> Tensor:
 
 def colours(count: int) -> list[tuple[float, float, float]]:
     """Give `count` colours that are easy to tell apart, red, green and blue in [0, 1]."""
-    # Three strengths in turn, so that a hue that comes near an earlier one is lighter or darker than it.
-    strengths = ((0.75, 0.85), (0.95, 0.6), (0.5, 0.95))
-    return [colorsys.hsv_to_rgb((0.02 + at * _GOLDEN) % 1, *strengths[at % 3]) for at in range(count)]
+    # Strengths in turn, so that a hue that comes near an earlier one (8, 13, 21 later) is lighter or darker than it.
+    strengths = ((0.75, 0.85), (0.95, 0.6), (0.5, 0.95), (0.95, 0.98), (0.45, 0.65))
+    return [colorsys.hsv_to_rgb((0.02 + at * _GOLDEN) % 1, *strengths[at % len(strengths)]) for at in range(count)]
 
 
 def hexadecimal(colour: tuple[float, float, float]) -> str:
