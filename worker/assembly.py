@@ -90,6 +90,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     threads = plan.threads if plan is not None else order.threads
     torch.set_num_threads(threads)
     network = choose_network(spec, order, facts)
+    _check_family(recipe, network)
     size, channels = network.image_size, network.channels
     seed = spec.training.seed
 
@@ -111,6 +112,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
         feature_dimension=int(cast(Any, backbone.dimension)), architecture=network.facts, class_counts=counts,
         labelled=int((data.train.labels >= 0).sum()), mean=tuple(mean), std=tuple(std), seed=seed,
         recipe=catalogue.recipe,
+        pretrained=network.weights is not None or network.architecture.get("weights") is not None,
     )  # fmt: skip
     assert recipe.build is not None
     with torch.random.fork_rng(devices=[]):
@@ -264,6 +266,16 @@ def choose_network(spec: Spec, order: Order, facts: DatasetFacts) -> Network:
     channels = 3 if published else facts.channels
     normal = normalisation(architecture["architecture"], channels) if published else None
     return Network(architecture, found, size, channels, normal, None, architecture["architecture"])
+
+
+def _check_family(recipe: Recipe, network: Network) -> None:
+    """Refuse a network that the recipe cannot train; the API does so too, but not every run comes from there."""
+    families, family = recipe.requires.architectures, network.facts["family"]
+    if families is None or family in families:
+        return
+    name = network.architecture["architecture"]
+    reason = recipe.requires.reason or f"{recipe.name} works with {' and '.join(families)} networks only"
+    raise UserFault(f"model.architecture: {name} is a {family} network: {reason}.", code="architecture")
 
 
 def _facts(name: str) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Info:
     image_size: int
     feature_dimension: int  # of the backbone's output, [batch, feature_dimension]
     architecture: Mapping[str, Any]  # its published facts
+    pretrained: bool = False  # the network starts from weights worth keeping: a model's, or published ones
     class_counts: tuple[int, ...] = ()  # kept training labels by class
     labelled: int = 0  # training samples with a label, which pretraining reports by and never trains on
     mean: tuple[float, ...] = (0.0,)  # what the loop normalises with, per channel, of pixels in [0, 1]

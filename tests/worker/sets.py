@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from app.domain.datasets import DatasetFacts, Shard
-from worker import trainer
+from worker import catalogue, trainer
 from worker.report import Failed, Finished, Message, Order, Reporter
 
 Split = tuple[np.ndarray, np.ndarray]  # uint8 [n, height, width] or [n, height, width, 3], and labels with -1 for none
@@ -87,12 +87,16 @@ def png_of_16_bits(pixels: np.ndarray) -> bytes:
 
 # The smallest network that has everything: convolutions, batch norm, pooling.
 NETWORK = {"architecture": "small_cnn", "width": 0.125}
+SMALL_VIT = {"architecture": "small_vit", "patch": 2, "width": 32, "depth": 2, "heads": 2}
 
 
 def spec(recipe: str = "image_classification", **given: Any) -> dict[str, Any]:
     """Give a small job: two epochs of five steps on one thread's worth of work."""
     training = {"epochs": 2, "batch_size": 16, **given.pop("training", {})}
-    return {"recipe": recipe, "model": NETWORK, "training": training, **given}
+    known = catalogue.recipes().get(recipe)
+    families = known.requires.architectures if known is not None else None
+    network = NETWORK if families is None or "convolutional" in families else SMALL_VIT
+    return {"recipe": recipe, "model": network, "training": training, **given}
 
 
 class Heard:

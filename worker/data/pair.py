@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from pydantic import Field
-from torch import Generator
+from torch import Generator, Tensor
 
-from worker.data.policy import View, simclr_view, views
+from worker.data.policy import Augment, View, byol_view, simclr_view, views
 from worker.recipe import Batch, Info, Params
 
 
@@ -36,9 +37,19 @@ def adjusted(view: View, params: ViewParams) -> View:
 def two_views(params: ViewParams, info: Info) -> Callable[[Batch, Generator], Batch]:
     """Draw two of SimCLR's views of every image and lay them behind one another: "image" [2 * batch, …]."""
     view = simclr_view(image_size=info.image_size, channels=info.channels, strength=params.colour_strength)
-    pair = views(adjusted(view, params), 2)
+    return _drawn(views(adjusted(view, params), 2))
 
-    def draw(batch: Batch, generator: Generator) -> Batch:
-        return {**batch, "image": pair(batch["image"], generator)}
 
-    return draw
+def byol_views(params: ViewParams, info: Info) -> Callable[[Batch, Generator], Batch]:
+    """Draw both of BYOL's views of every image, which differ in blur and solarisation: "image" [2 * batch, …]."""
+    given = {"image_size": info.image_size, "channels": info.channels, "strength": params.colour_strength}
+    first, second = (adjusted(byol_view(number, **given), params) for number in (0, 1))
+
+    def both(images: Tensor, generator: Generator) -> Tensor:
+        return torch.cat([first(images, generator), second(images, generator)])
+
+    return _drawn(both)
+
+
+def _drawn(draw: Augment) -> Callable[[Batch, Generator], Batch]:
+    return lambda batch, generator: {**batch, "image": draw(batch["image"], generator)}

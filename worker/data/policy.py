@@ -204,6 +204,23 @@ def simclr_view(*, image_size: int, channels: int, strength: float | None = None
     )  # fmt: skip
 
 
+def byol_view(number: int, *, image_size: int, channels: int, strength: float | None = None) -> View:
+    """Give the first (0) or second (1) view of BYOL (Grill et al., arXiv 2006.07733, appendix B), which DINO took over.
+
+    Colour is jittered half as much as in SimCLR at its strength 1; `strength` scales that, null is 1. The first view is
+    always blurred, the second in one of ten and solarised in one of five. Greyscale images get SimCLR's views.
+    """
+    view = simclr_view(image_size=image_size, channels=channels, strength=strength)
+    if channels != 3:
+        return view
+    strong = 1.0 if strength is None else strength
+    blur = 0.0 if image_size <= SMALL else (1.0, 0.1)[number]
+    return replace(
+        view, brightness=0.4 * strong, contrast=0.4 * strong, saturation=0.2 * strong, hue=0.1 * strong, blur=blur,
+        solarise=(0.0, 0.2)[number],
+    )  # fmt: skip
+
+
 def views(view: Augment, count: int) -> Augment:
     """Draw `count` views of every image and lay them behind one another: [count * batch, channels, size, size]."""
 
