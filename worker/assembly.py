@@ -25,7 +25,7 @@ from worker.parts.recompute import recompute_stages
 from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
 from worker.parts.weights import normalisation
-from worker.recipe import Info, Params, Recipe
+from worker.recipe import Info, Params, PretrainParams, Recipe
 from worker.report import Order, Reporter
 
 WHITENED_ROWS = 1024  # training images that a whitening stem looks at
@@ -118,6 +118,9 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     with torch.random.fork_rng(devices=[]):
         reseed(derive(seed, "objective"))
         objective = recipe.build(params, backbone, info)
+    if isinstance(params, PretrainParams):
+        backbones.freeze(backbone, params.freeze_stages)
+        cast(Any, objective).backbone_learning_rate_scale = params.backbone_learning_rate_scale
     prepare = recipe.inputs(params, info) if recipe.inputs is not None else None
     data = replace(data, prepare=prepare)
     if plan is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from worker.data.source import Data, Source, ahead, in_order
 from worker.parts import compute, distributed, metrics
 from worker.parts.seed import derive, generator, reseed
-from worker.parts.tuning import PROBE_ROWS, Plan
+from worker.parts.tuning import PROBE_ROWS, VIEW_ROWS, Plan, view_rows
 from worker.recipe import Progress
 
 Tick = Callable[[int, int], None]  # is told how many rows of how many are done
@@ -113,7 +113,8 @@ class FeaturesOf:
 
 
 def probe(module: nn.Module, data: Data, plan: Plan, device: torch.device, tick: Tick) -> dict[str, float]:
-    """Look at the features of some training rows: rank, spread, and what k-NN and a linear layer read from them.
+    """Look at the features of some training rows: how many directions they use, how evenly they spread, whether two
+    views of an image agree (where the run draws views), and what k-NN and a linear layer read from them.
 
     Four fifths of the labelled rows teach the two classifiers, the others are asked; the test split is not touched.
     What the objective itself measures on the features (`probed`) comes with it.
@@ -124,10 +125,14 @@ def probe(module: nn.Module, data: Data, plan: Plan, device: torch.device, tick:
     numbers = {
         "effective_rank": metrics.effective_rank(found),
         "feature_spread": metrics.feature_spread(found),
+        "uniformity": metrics.uniformity(found[: 2 * VIEW_ROWS]),
     }
     if hasattr(module, "probed"):
         with evaluating(module, plan, device):
             numbers |= objective.probed(found)
+    views = _two_views(objective.backbone, data, plan, device)
+    if views is not None:
+        numbers["alignment"] = metrics.alignment(*views)
     labels = data.probe.labels.to(device)
     known = labels >= 0
     found, labels = found[known], labels[known]
@@ -137,6 +142,19 @@ def probe(module: nn.Module, data: Data, plan: Plan, device: torch.device, tick:
         numbers["knn_accuracy"] = metrics.knn_accuracy(*asked)
         numbers["linear_accuracy"] = metrics.linear_probe_accuracy(*asked)
     return numbers
+
+
+def _two_views(backbone: nn.Module, data: Data, plan: Plan, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Give the features of two random views of some probe rows, the same draws every time; None without views."""
+    assert data.probe is not None
+    rows = torch.arange(view_rows(len(data.probe)))
+    ready = data.ready(data.probe.batch(rows), device, generator(0, "views", device=device))
+    if len(ready["image"]) < 2 * len(rows):
+        return None
+    with evaluating(backbone, plan, device):
+        images = compute.laid_out({"image": ready["image"][: 2 * len(rows)]}, plan)["image"]
+        first, second = backbone(images).float().flatten(1).chunk(2)
+    return first, second
 
 
 def probe_rows(count: int, seed: int) -> Tensor:

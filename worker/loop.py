@@ -43,7 +43,7 @@ class Result:
     """How a run ended; the module holds the weights to keep."""
 
     outcome: Outcome
-    ended_by: str  # epochs, early_stopping, max_seconds, or the wish
+    ended_by: str  # epochs, early_stopping, collapse, max_seconds, or the wish
     step: int
     epoch: int
     metrics: dict[str, float | None]
@@ -66,7 +66,8 @@ def train(
     compute.place(module, plan, device)
     distributed.synchronise_norms(module, device.type)
     named = objective.parameter_groups(training) if hasattr(module, "parameter_groups") else ()
-    optimizer = optim.build(optim.groups(module, named), Optimizer.model_validate(plan.optimizer))
+    scale = getattr(module, "backbone_learning_rate_scale", 1.0)
+    optimizer = optim.build(optim.groups(module, named, backbone_scale=scale), Optimizer.model_validate(plan.optimizer))
     decay = getattr(module, "ema_decay", None)
     average = Average(module, decay) if decay else None
     scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "float16")
@@ -175,7 +176,7 @@ def train(
                     tell(numbers)
                     if _judge(numbers, state, training, kind):
                         best_weights.update({key: value.clone() for key, value in module.state_dict().items()})
-                _report_collapse(numbers, state, report)
+                _report_collapse(numbers, state, training, report)
             # The last one is written below, when everything about the end is known.
             if (
                 state.step < plan.steps
@@ -193,7 +194,7 @@ def train(
         if state.step > clock.start:
             save()
     else:
-        outcome = "stopped" if wish == "stop" else "succeeded"
+        outcome = "stopped" if wish == "stop" or state.ended_by == "collapse" else "succeeded"
         if wish == "run":
             state.ended_by = state.ended_by or "epochs"
         if state.step > clock.start:
@@ -294,7 +295,7 @@ def _judge(numbers: Mapping[str, float], state: State, training: Training, kind:
     return better
 
 
-def _report_collapse(numbers: Mapping[str, float], state: State, report: Reporter) -> None:
+def _report_collapse(numbers: Mapping[str, float], state: State, training: Training, report: Reporter) -> None:
     found = {name.removeprefix("probe/"): value for name, value in numbers.items() if name.startswith("probe/")}
     if not found or state.collapse_reported or not collapsed(found):
         return
@@ -303,6 +304,8 @@ def _report_collapse(numbers: Mapping[str, float], state: State, report: Reporte
         "representation.collapsed", "The features tell the samples hardly apart any more.", level="warning",
         step=state.step, **found,
     )  # fmt: skip
+    if training.stop_on_collapse:
+        state.ended_by = "collapse"
 
 
 def _refuse_non_finite(

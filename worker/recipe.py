@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
@@ -25,6 +25,20 @@ class Params(BaseModel):
     """The base of every recipe's parameters: an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PretrainParams(Params):
+    """What every pretraining recipe lets its user say about the network that it starts from.
+
+    Both are for unsupervised fine-tuning: going on, on new images, from a model that already knows something.
+    """
+
+    backbone_learning_rate_scale: float = Field(
+        default=1.0, gt=0, le=10, description="The backbone's learning rate as a part of everything else's."
+    )
+    freeze_stages: int = Field(
+        default=0, ge=0, le=64, description="This many of the backbone's first stages stay as they are."
+    )
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,7 @@ class Objective(Protocol):
 
     head                             exported with the backbone, as one network (fine-tuning)
     parameter_groups(training)       -> [{"names" or "params", "lr_scale", "weight_decay_scale"}]
+    backbone_learning_rate_scale     float: multiplies the rates of all that `parameter_groups` says of the backbone
     at_step(progress)                -> {"learning_rate": scale, "weight_decay": scale}
     before_epoch(features_of, progress)   at an epoch's first step only; may return parameters whose optimiser state is
                                      reset; `features_of` is a FeaturesOf, whose row n is the sample with "index" n

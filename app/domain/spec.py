@@ -83,6 +83,9 @@ class Training(Strict):
     seed: int = Field(default=0, ge=0, lt=2**31)
     max_seconds: float | None = Field(default=None, gt=0, description="Training time over all attempts.")
     early_stopping: EarlyStopping | None = None
+    stop_on_collapse: bool = Field(
+        default=False, description="Pretraining ends as `stopped` once its features tell samples hardly apart."
+    )
     checkpoint_every: Literal["epoch"] | Count = Field(default="epoch", description="An epoch, or a number of steps.")
 
 

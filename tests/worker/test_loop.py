@@ -487,6 +487,11 @@ def test_a_collapsed_representation_is_reported_once(tmp_path: Path) -> None:
         Collapsed(), training, tmp_path, made=plan(training, probe_every=1), with_data=given, kind="pretrain"
     )  # fmt: skip
     assert heard.codes().count("representation.collapsed") == 1
+    stopping = training.model_copy(update={"stop_on_collapse": True})
+    result, _ = train(
+        Collapsed(), stopping, tmp_path / "stop", made=plan(stopping, probe_every=1), with_data=given, kind="pretrain"
+    )  # fmt: skip
+    assert (result.outcome, result.ended_by, result.epoch) == ("stopped", "collapse", 1)
     _, heard = train(
         Small(), training, tmp_path / "fine", made=plan(training, probe_every=1), with_data=given, kind="pretrain"
     )  # fmt: skip

@@ -151,3 +151,16 @@ def test_spread_is_one_when_isotropic_and_zero_when_collapsed():
     assert metrics.feature_spread(torch.randn(5000, 32, generator=generator)) == pytest.approx(1, abs=0.02)
     collapsed = torch.ones(100, 32) + 1e-4 * torch.randn(100, 32, generator=generator)
     assert metrics.feature_spread(collapsed) < 1e-3
+
+
+def test_alignment_and_uniformity_are_those_of_the_paper():
+    draws = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 40, 8, generator=draws)
+    first_unit, second_unit = (x / x.norm(dim=1, keepdim=True) for x in (first, second))
+    apart = [float((a - b) @ (a - b)) for a, b in zip(first_unit, second_unit, strict=True)]
+    assert metrics.alignment(first, second) == pytest.approx(sum(apart) / len(apart), rel=1e-5)
+    assert metrics.alignment(first, 3 * first) == pytest.approx(0, abs=1e-6)
+    pairs = [(a, b) for i, a in enumerate(first_unit) for b in first_unit[i + 1 :]]
+    potential = sum(math.exp(-2 * float((a - b) @ (a - b))) for a, b in pairs) / len(pairs)
+    assert metrics.uniformity(first) == pytest.approx(math.log(potential), rel=1e-4)
+    assert metrics.uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-5)

@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from worker.data.policy import Augment, View, byol_view, simclr_view, views
-from worker.recipe import Batch, Info, Params
+from worker.recipe import Batch, Info, PretrainParams
 
 
-class ViewParams(Params):
+class ViewParams(PretrainParams):
     """What may be changed of the views."""
 
     colour_strength: float | None = Field(

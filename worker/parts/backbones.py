@@ -81,6 +81,29 @@ def stage_modules(backbone: nn.Module) -> list[Stage]:
     return [cast(Stage, stage) for _, stage in stages(backbone)]
 
 
+def freeze(backbone: nn.Module, count: int) -> None:
+    """Let the first `count` stages stand still: no gradient, and eval mode for ever, so that batch norm stands too.
+
+    Raises:
+        UserFault: nothing would be left to train.
+    """
+    made = stage_modules(backbone)
+    if count >= len(made):
+        raise UserFault(
+            f"params.freeze_stages is {count}, but this network has {len(made)} stages: at most {len(made) - 1} can be "
+            "frozen.", code="freeze_stages",
+        )  # fmt: skip
+    for stage in made[:count]:
+        stage.requires_grad_(False)
+        stage.eval()
+        for module in stage.modules():
+            module.train = _stand_still  # type: ignore[method-assign,assignment]
+
+
+def _stand_still(mode: bool = True) -> None:
+    """Stay in eval mode, whatever the network around is told."""
+
+
 def load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
     """Load the state dict of an exported model, leaving out its head.
 

@@ -136,6 +136,24 @@ def effective_rank(features: Tensor) -> float:
     return (-(share * share.log()).sum()).exp().item()
 
 
+def alignment(first: Tensor, second: Tensor) -> float:
+    """Give the mean squared distance of the normalised features `[n, d]` of two views: 0 where views are told alike.
+
+    Wang and Isola, arXiv 2005.10242, equation for L_align with alpha = 2.
+    """
+    return (F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(1).mean().item()
+
+
+def uniformity(features: Tensor) -> float:
+    """Give the log of the mean Gaussian potential of pairs of normalised features `[n, d]`: lower is more even.
+
+    Wang and Isola, arXiv 2005.10242, equation for L_uniform with t = 2. 0 for one single point; features spread evenly
+    over a sphere of many dimensions come to -4.
+    """
+    distances = torch.pdist(F.normalize(features, dim=1))  # [n * (n - 1) / 2]
+    return (-2 * distances.square()).exp().mean().log().item()
+
+
 def feature_spread(features: Tensor) -> float:
     """Give the spread of normalised features `[n, d]`: 0 when they have collapsed to a point, 1 when isotropic.
 

@@ -23,12 +23,13 @@ class Group:
     weight_decay_scale: float = 1.0
 
 
-def groups(module: nn.Module, wanted: Iterable[Mapping[str, Any]] = ()) -> list[Group]:
+def groups(module: nn.Module, wanted: Iterable[Mapping[str, Any]] = (), *, backbone_scale: float = 1.0) -> list[Group]:
     """Sort the trainable parameters into groups.
 
     Args:
         wanted: what a recipe's `parameter_groups` gave: `{"names" or "params", "lr_scale", "weight_decay_scale"}`;
             parameters that it does not name keep scale 1. A name also stands for everything below it.
+        backbone_scale: multiplies the learning rates of what lies below `backbone`.
 
     Vectors (biases, norms) and position embeddings are not decayed, whatever the recipe says.
     """
@@ -41,6 +42,8 @@ def groups(module: nn.Module, wanted: Iterable[Mapping[str, Any]] = ()) -> list[
             scales[name] = scale
     sorted_names: dict[tuple[float, float], list[str]] = {}
     for name, (rate, decay) in scales.items():
+        if name.startswith("backbone."):
+            rate *= backbone_scale
         spared = own[name].ndim < 2 or name.rpartition(".")[2] in _NEVER_DECAYED
         sorted_names.setdefault((rate, 0.0 if spared else decay), []).append(name)
     return [

@@ -237,15 +237,23 @@ def _refuse_uneven(batch: int, accumulate: int, processes: int) -> None:
 
 
 PROBE_ROWS = 2000
+VIEW_ROWS = 250  # of which two views are compared as well: an eighth of them
 
 
 def probe_every(samples: int) -> int:
     """Choose how many epochs lie between two probes, so that probing costs under 3 % of training.
 
-    A probe is one forward pass over at most PROBE_ROWS samples; an epoch of training is three such passes (forward and
-    twice that backward) over all of them.
+    A probe is one forward pass over at most PROBE_ROWS samples and over two views of an eighth; an epoch of training is
+    three such passes (forward and twice that backward) over all of them.
     """
-    return max(1, math.ceil(min(samples, PROBE_ROWS) / (0.03 * 3 * samples)))
+    rows = min(samples, PROBE_ROWS)
+    rows += 2 * view_rows(rows)
+    return max(1, math.ceil(rows / (0.03 * 3 * samples)))
+
+
+def view_rows(probed: int) -> int:
+    """Choose of how many probed rows two views are compared."""
+    return max(1, min(VIEW_ROWS, probed // 8))
 
 
 def _matmul(hardware: Hardware, reasons: dict[str, str]) -> Literal["highest", "high", "medium"]:

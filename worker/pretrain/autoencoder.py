@@ -14,12 +14,12 @@ from torch import Generator, Tensor, nn
 
 from worker.data.policy import policy
 from worker.parts.decoders import Decoder
-from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
 
 PICTURES = 8
 
 
-class AutoencoderParams(Params):
+class AutoencoderParams(PretrainParams):
     """The code and the damage."""
 
     bottleneck: int | None = Field(

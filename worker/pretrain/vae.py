@@ -16,13 +16,13 @@ from torch import Generator, Tensor, nn
 from worker.data.policy import policy
 from worker.parts import seed
 from worker.parts.decoders import Decoder, mirrored
-from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
 
 PICTURES = 8
 SAMPLES = 64
 
 
-class VaeParams(Params):
+class VaeParams(PretrainParams):
     """The code, the likelihood of the pixels, and the weight of the prior."""
 
     latent_dimension: int = Field(default=20, ge=1, le=4096, description="Width of the code z.")
