@@ -19,7 +19,7 @@ from app.domain.errors import UserFault
 from worker.data.policy import policy
 from worker.parts import clustering, kmeans
 from worker.parts.whitening import whitening
-from worker.recipe import Batch, FeaturesOf, Info, Params, Progress, Recipe, Requires
+from worker.recipe import Batch, FeaturesOf, Info, PretrainParams, Progress, Recipe, Requires
 
 PER_CLUSTER, MOST = 32, 10000  # images per cluster where nobody says; the paper has 128 of them in 10,000 clusters
 # At least, between two clusterings where nobody says. The paper clusters after every epoch of 5,000 steps; but to look
@@ -30,7 +30,7 @@ ROWS, COLUMNS = 20, 8  # of the contact sheet
 NUMBERS = ("nmi_before", "nmi", "matched_accuracy", "purity")
 
 
-class DeepClusterParams(Params):
+class DeepClusterParams(PretrainParams):
     """What is clustered, how finely and how often, and how the clusters are learnt."""
 
     clusters: int | None = Field(

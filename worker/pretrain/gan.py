@@ -24,13 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from worker.data.policy import View
 from worker.parts import metrics, seed
 from worker.parts.decoders import Decoder
-from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
 
 SAMPLES = 64  # in the picture
 FAKES = 256  # generated at once for the Frechet distance
 
 
-class GanParams(Params):
+class GanParams(PretrainParams):
     """The generator, the penalty, and what the discriminator sees."""
 
     latent_dimension: int = Field(default=100, ge=1, le=4096, description="Width of the noise z; DCGAN's.")
