@@ -1,7 +1,7 @@
 """Going on without labels from a model: what is frozen stands still, what is scaled moves less, for every method."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from app.domain.errors import UserFault
 from app.domain.spec import Training
 from tests.worker import sets
 from worker import catalogue
-from worker.assembly import assemble
+from worker.assembly import Assembly, assemble
 from worker.parts import backbones, optim
 from worker.parts.export import Card, export
 from worker.recipe import PretrainParams, Recipe
@@ -31,12 +31,17 @@ def network(recipe: Recipe) -> dict[str, Any]:
     return {"architecture": "small_vit", "patch": 2, "width": 24, "depth": 2, "heads": 2}
 
 
+def backbone_of(made: Assembly) -> nn.Module:
+    """The network that is exported."""
+    return cast(Any, made.objective).backbone
+
+
 def base_of(made: Order) -> BaseModelInput:
     """A model as it starts, for `made` to start from."""
     folder = Path(made.scratch) / "base"
     folder.mkdir()
     assembly = assemble(made, sets.Heard().reporter)
-    export(folder, assembly.objective.backbone, None, config=assembly.config(), card=Card("base", {}), metrics={},
+    export(folder, backbone_of(assembly), None, config=assembly.config(), card=Card("base", {}), metrics={},
            details={})  # fmt: skip
     weights = next(folder.rglob("model.safetensors"))
     return BaseModelInput(id="mdl_" + "a" * 26, config=assembly.config(), weights=str(weights))
@@ -51,10 +56,10 @@ def test_frozen_stages_stand_still_and_the_others_move(recipe: Recipe, digits: D
     assert isinstance(last, Finished), last
     before, after = load_file(base.weights), load_file(Path(order.scratch) / "model" / "model.safetensors")
     made = assemble(order, sets.Heard().reporter)
-    first = backbones.stage_modules(made.objective.backbone)[0]
+    first = backbones.stage_modules(backbone_of(made))[0]
     own = {id(value) for value in (*first.parameters(), *first.buffers())}
     names = {
-        name for name, value in (*made.objective.backbone.named_parameters(), *made.objective.backbone.named_buffers())
+        name for name, value in (*backbone_of(made).named_parameters(), *backbone_of(made).named_buffers())
         if id(value) in own
     }  # fmt: skip
     assert names
@@ -82,9 +87,7 @@ def test_the_scale_of_a_job_reaches_its_optimiser(digits: DatasetFacts, tmp_path
     for scale in (1.0, 0.01):
         body = sets.spec("simclr", params={"backbone_learning_rate_scale": scale}, training={"steps": 3})
         order = sets.order(body, digits, tmp_path / str(scale))
-        before = {
-            k: v.clone() for k, v in assemble(order, sets.Heard().reporter).objective.backbone.state_dict().items()
-        }
+        before = {k: v.clone() for k, v in backbone_of(assemble(order, sets.Heard().reporter)).state_dict().items()}
         _, last = sets.carry_out(order)
         assert isinstance(last, Finished), last
         after = load_file(Path(order.scratch) / "model" / "model.safetensors")

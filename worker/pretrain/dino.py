@@ -18,12 +18,12 @@ from worker.data.policy import SMALL, View, byol_view, views
 from worker.parts import distributed
 from worker.parts.other_sizes import features_of, smaller_size, takes
 from worker.parts.teacher import follow, momentum, teacher_of
-from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
 
 MOMENTUM = 0.996  # lambda of section 3.1
 
 
-class DinoParams(Params):
+class DinoParams(PretrainParams):
     """The head, the temperatures, the teacher and the crops."""
 
     output_dimension: int | None = Field(

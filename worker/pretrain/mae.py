@@ -17,12 +17,12 @@ from app.domain.errors import UserFault
 from worker.data.policy import View
 from worker.parts import seed
 from worker.parts.masked_vit import PatchDecoder, encode_visible, images_of, least_visible, patches_of, sine_cosine
-from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
 
 PICTURES = 8
 
 
-class MaeParams(Params):
+class MaeParams(PretrainParams):
     """The mask, the decoder and the crops."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="Part of the patches that is hidden.")
