@@ -20,7 +20,7 @@ from worker.data.images import Images, Streamed, native_size, open_images
 from worker.data.shelf import Shelf
 from worker.data.source import Data, Source, in_order, part
 from worker.data.split import reduced, split_labels
-from worker.parts import architectures, backbones, compute, small_networks, tuning
+from worker.parts import architectures, backbones, compute, memo, small_networks, tuning
 from worker.parts.recompute import recompute_stages
 from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
@@ -87,11 +87,14 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
         raise UserFault("dataset: give a dataset to train on.", code="no_dataset")
     spec, recipe, params = read_spec(order.spec)
     device = choose_device(spec, order)
-    threads = plan.threads if plan is not None else order.threads
-    torch.set_num_threads(threads)
     network = choose_network(spec, order, facts)
     _check_family(recipe, network)
     size, channels = network.image_size, network.channels
+    hardware = tuning.look(device.type, order.threads)
+    measured = memo.read(Path(order.cache), device.type, tuning.fingerprint(device.type)) if plan is None else None
+    family = network.facts["family"]
+    threads = plan.threads if plan is not None else tuning.thread_count(family, size, hardware, measured)[0]
+    torch.set_num_threads(threads)
     seed = spec.training.seed
 
     def images(split: str) -> Images | Streamed:
@@ -127,13 +130,12 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
         plan = tuning.resolve(
             spec.training,
             tuning.Workload(
-                kind=recipe.kind, family=network.facts["family"], image_size=size, channels=channels,
+                kind=recipe.kind, family=family, image_size=size, channels=channels,
                 samples=len(data.train), couples_batch=bool(objective.couples_batch),
                 min_batch=recipe.requires.min_batch,
                 pretrained=network.weights is not None or network.architecture.get("weights") is not None,
             ),
-            tuning.look(device.type, threads),
-            mean=mean, std=std, processes=processes,
+            hardware, mean=mean, std=std, processes=processes, memo=measured,
             cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
         )  # fmt: skip
         if getattr(objective, "frozen_prefix", None) is not None:

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,35 @@ def cores() -> float:
         if quota != "max":
             return min(available, float(quota) / float(period))
     return available
+
+
+def measure(cache: Path, threads: int, *, compiled: bool = False, seconds: float = 20.0) -> Iterator[dict[str, Any]]:
+    """Measure in a process of its own what `auto` depends on, and yield what it says as it comes: rows, then the memo.
+
+    Raises:
+        MeasuringFailed: torch is missing or broken; the message is the last line of what went wrong.
+    """
+    command = [sys.executable, "-m", "worker.tune", "--cache", str(cache), "--threads", str(threads)]
+    command += ["--seconds", str(seconds)]
+    command += ["--compile"] if compiled else []
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+        finally:
+            process.terminate()  # harmless at its end; when nobody reads on, it shall not run on
+        if process.wait() != 0:
+            errors.seek(0)
+            said = errors.read().strip().splitlines()
+            raise MeasuringFailed(said[-1] if said else f"it ended with {process.returncode}")
+
+
+class MeasuringFailed(Exception):
+    """Nothing was measured."""
 
 
 def driver_gpus() -> list[str]:

@@ -85,7 +85,7 @@ def _frozen_spec(bench: Bench, trainable: str, epochs: int) -> Numbers:
 @workload("head_resnet18_64_10_epochs", "s", 25, "time")
 def head_only(bench: Bench) -> Pair:
     """Head only, 64 px, 10 epochs, decoding and the test included: the frozen network runs once, not every epoch."""
-    return _frozen(bench, "head", 3000)
+    return _frozen(bench, "head", 5000)
 
 
 @workload("last1_resnet18_64_10_epochs", "s", 4, "time")

@@ -113,6 +113,10 @@ def test_on_a_terminal_the_board_draws_a_bar_per_job() -> None:
          ["1/2", "H200", "2.15", "draining"]),
         (doctor.show([{"name": "torch", "state": "missing", "message": "not there", "remedy": "get it"}]),
          ["missing", "torch: get it", "Something that is needed is missing."]),
+        (doctor.show_measured({"memo": "/home/cache/tuning.json", "rows": [
+            {"family": "mlp", "precision": "float32", "memory_format": "contiguous", "threads": 1, "compile": False,
+             "samples_per_second": 12345.6}]}),
+         ["mlp", "12,346", "/home/cache/tuning.json"]),
     ],
 )  # fmt: skip
 def test_what_is_shown_says_what_matters(shown: Any, said: list[str]) -> None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
+from worker.parts.memo import Memo
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -135,9 +136,11 @@ def precision(work: Workload, hardware: Hardware) -> tuple[Precision, str]:
 
 def resolve(
     training: Training, work: Workload, hardware: Hardware, *, mean: tuple[float, ...], std: tuple[float, ...],
-    cache: Literal["resident", "memory_map", "stream"] = "memory_map", processes: int = 1,
+    cache: Literal["resident", "memory_map", "stream"] = "memory_map", processes: int = 1, memo: Memo | None = None,
 ) -> Plan:  # fmt: skip
-    """Turn every `auto` into a choice, with its reason; `processes` share every batch evenly.
+    """Turn every `auto` into a choice, with its reason; what `memo` has measured on this host comes before the table.
+
+    `processes` share every batch evenly.
 
     Raises:
         UserFault: what was asked for explicitly cannot work here; the message names the field.
@@ -172,25 +175,33 @@ def resolve(
     steps_per_epoch = max(1, work.samples // batch)
     steps = training.steps or steps_per_epoch * training.epochs
     in_layers = work.family == "convolutional"
-    chosen_precision = choose("precision", training.precision, precision(work, hardware))
+    threads, reasons["threads"] = thread_count(work.family, work.image_size, hardware, memo)
+    by_table = precision(work, hardware)
+    seen = memo.precision(work.family, threads, by_table[0]) if memo is not None else None
+    chosen_precision: Precision = choose("precision", training.precision, seen or by_table)
     if chosen_precision == "float16" and hardware.device == "cpu":
         raise UserFault(
             "training.precision: float16 has no usable arithmetic on a CPU; use bfloat16 or float32.", code="precision"
         )
     if chosen_precision == "float16" and optimizer.name == "muon":
         raise UserFault("training.optimizer: muon needs bfloat16 or float32, not float16.", code="precision")
+    laid: tuple[Literal["contiguous", "channels_last"], str] = (
+        ("channels_last", "convolutions run 1.3 to 2.5 times faster") if in_layers
+        else ("contiguous", "this network has no spatial convolutions to speak of")
+    )  # fmt: skip
+    seen_laid = memo.memory_format(work.family, threads, chosen_precision, laid[0]) if memo is not None else None
+    chosen_format = choose("memory_format", training.memory_format, seen_laid or laid)
+    seen_compiled = None
+    if memo is not None:
+        seen_compiled = memo.compile(work.family, threads, chosen_precision, chosen_format, steps * batch)
     return Plan(
         device=hardware.device,
         world_size=processes,
-        threads=hardware.threads,
+        threads=threads,
         precision=chosen_precision,
-        memory_format=choose(
-            "memory_format", training.memory_format,
-            ("channels_last", "convolutions run 1.3 to 2.5 times faster") if in_layers
-            else ("contiguous", "this network has no spatial convolutions to speak of"),
-        ),
+        memory_format=chosen_format,
         float32_matmul=_matmul(hardware, reasons),
-        compile=(compiled := _compile(training, hardware, reasons)),
+        compile=(compiled := _compile(training, hardware, reasons, seen_compiled)),
         small_map_products=hardware.device == "cpu" and not compiled,
         deterministic=training.deterministic,
         batch_size=batch,
@@ -236,8 +247,18 @@ def _refuse_uneven(batch: int, accumulate: int, processes: int) -> None:
         )  # fmt: skip
 
 
+def thread_count(family: str, image_size: int, hardware: Hardware, memo: Memo | None) -> tuple[int, str]:
+    """Choose how many of a slot's threads a run uses: all, or fewer where that was measured to be faster."""
+    if memo is not None and hardware.device == "cpu" and image_size <= SMALL_SIDE:
+        seen = memo.threads(family, hardware.threads)
+        if seen is not None:
+            return seen
+    return hardware.threads, "all that this slot has"
+
+
 PROBE_ROWS = 2000
 VIEW_ROWS = 250  # of which two views are compared as well: an eighth of them
+SMALL_SIDE = 64  # pixels; the memo's threads were measured at 32, and larger images give each of them more to do
 
 
 def probe_every(samples: int) -> int:
@@ -267,7 +288,12 @@ def _matmul(hardware: Hardware, reasons: dict[str, str]) -> Literal["highest", "
     return "highest"
 
 
-def _compile(training: Training, hardware: Hardware, reasons: dict[str, str]) -> bool:
+def _compile(
+    training: Training, hardware: Hardware, reasons: dict[str, str], seen: tuple[bool, str] | None = None
+) -> bool:
+    if training.compile == "auto" and seen is not None and hardware.compiler:
+        reasons["compile"] = seen[1]
+        return seen[0]
     if training.compile == "auto":
         reasons["compile"] = "0.3 to 1.25 times as fast on this kind of machine, after 26 s of compiling"
         return False
