@@ -25,6 +25,18 @@ def test_a_moved_crop_is_pad_crop_and_mirror(images: torch.Tensor) -> None:
         assert torch.equal(moved[i], v2.horizontal_flip(expected) if flip[i] else expected)
 
 
+def test_upside_down_is_torchvisions_and_drawn_for_each_sample(images: torch.Tensor) -> None:
+    flip = torch.arange(len(images)) % 2 == 0
+    turned = augment.upside_down(images, flip)
+    for i, image in enumerate(images):
+        assert torch.equal(turned[i], v2.vertical_flip(image) if flip[i] else image)
+    many = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(400, 1, 1, 1)
+    drawn = policy.View(8, vertical_flip=0.25)(many, torch.Generator().manual_seed(0))
+    turned_rows = (drawn[:, 0, 0, 0] != 0).float().mean().item()
+    assert turned_rows == pytest.approx(0.25, abs=0.06)
+    assert drawn.dtype == torch.uint8
+
+
 @pytest.mark.parametrize("size", [8, 32])
 def test_a_resized_crop_is_torchvisions(images: torch.Tensor, size: int) -> None:
     top, left = torch.tensor([0.0, 3.0, 5.0, 10.0]), torch.tensor([0.0, 1.0, 9.0, 4.0])

@@ -39,6 +39,11 @@ def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, *, padding: in
     return images.gather(3, columns[:, None, None, :].expand(batch, channels, height, width))
 
 
+def upside_down(images: Tensor, flip: Tensor) -> Tensor:
+    """Turn the images with `flip` (bool [batch]) upside down; keeps the dtype."""
+    return torch.where(flip[:, None, None, None], images.flip(2), images)
+
+
 def _reflect(index: Tensor, size: int) -> Tensor:
     index = index.abs()
     return torch.where(index >= size, 2 * (size - 1) - index, index)

@@ -23,15 +23,18 @@ class ViewParams(PretrainParams):
     flip: float | None = Field(
         default=None, ge=0, le=1, description="Probability of mirroring; null is 0.5, and 0 for greyscale images."
     )
+    vertical_flip: float = Field(
+        default=0.0, ge=0, le=1, description="Probability of turning upside down, for images without an up."
+    )
 
 
 def adjusted(view: View, params: ViewParams) -> View:
-    """Give the view with the crop and the mirroring that were asked for."""
+    """Give the view with the crop and the mirrors that were asked for."""
     if params.crop_min_scale is not None:
         view = replace(view, crop_scale=(params.crop_min_scale, 1.0))
     if params.flip is not None:
         view = replace(view, flip=params.flip)
-    return view
+    return replace(view, vertical_flip=params.vertical_flip)
 
 
 def two_views(params: ViewParams, info: Info) -> Callable[[Batch, Generator], Batch]:

@@ -50,6 +50,7 @@ class View:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_padding: int = 0
     flip: float = 0.0
+    vertical_flip: float = 0.0
     jitter: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
@@ -71,6 +72,8 @@ class View:
         Gives uint8 when uint8 images were only moved, else float in [0, 1]. Draws depend on the generator and the batch
         size alone, never on the pixels.
         """
+        if self.vertical_flip:
+            images = augment.upside_down(images, chance(len(images), self.vertical_flip, generator))
         if self.crop_padding:
             images = self._move(images, generator)
         if self.rotate or self.translate or self.zoom or self.shear:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from app.domain.errors import UserFault
 from worker.data.mirror import alternating
-from worker.data.policy import Augment, mix, policy
+from worker.data.policy import Augment, View, mix, policy
 from worker.data.rand_augment import BINS, RandAugment, beside
 from worker.parts.backbones import Stage, stage_modules
 from worker.parts.heads import build_head
@@ -66,6 +66,12 @@ class ClassificationParams(Params):
     mirror: Literal["random", "alternating"] = Field(
         default="random",
         description="Where `augmentation` mirrors: by a coin each time, or each sample in every other epoch.",
+    )
+    vertical_flip: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Probability of turning upside down, for images without an up (aerial, cells).",
     )
     rand_augment: RandAugmentParams | None = Field(
         default=None,
@@ -236,6 +242,8 @@ def inputs(params: ClassificationParams, info: Info) -> Any:
     alternates = params.mirror == "alternating" and view is not None and view.flip > 0
     if alternates and view is not None:
         view = replace(view, flip=0.0)
+    if params.vertical_flip:
+        view = replace(view or View(info.image_size), vertical_flip=params.vertical_flip)
     augment: Augment | None = view
     if params.rand_augment is not None:
         drawn = params.rand_augment

@@ -2,7 +2,8 @@
 
 Batch size and learning rate depend on data and memory, never on time; nothing is measured on the way to the first step
 and nothing changes in the middle of a run. The figures behind the choices were measured on a 2-core AVX512-bf16 machine
-(ResNet-18 at 32 pixels: 125 images/s in contiguous float32, 317 in channels_last, 1,084 with bf16 autocast as well).
+with torch 2.15: ResNet-18 with the small stem at 32 pixels trains 90 images/s in contiguous float32 and 180 with bf16
+autocast in channels_last; with its usual stem 1,080 either way, and 2,300 with small maps as products.
 """
 
 import math
