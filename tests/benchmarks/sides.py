@@ -64,6 +64,7 @@ def _summary(lines: list[Numbers], warmup: int) -> Numbers:
     begun, planned, last = kinds["begun"][0], kinds["planned"][0], kinds["finished"][0]
     plan = planned["plan"]
     steps = [(line["at"], line["step"]) for line in kinds["progress"] if line["phase"] == "train" and line["step"]]
+    trained = steps[-1][0]
     steps = steps[:-1]  # the last report comes after the last checkpoint
     rows = [(line["at"], *row) for line in kinds.get("metrics", ()) for row in line["rows"]]
     losses = [(step, value) for _at, name, step, value in rows if name == "train/loss"]
@@ -74,6 +75,7 @@ def _summary(lines: list[Numbers], warmup: int) -> Numbers:
     return {
         "samples_per_second": (final - first) * plan["batch_size"] / (final_at - first_at) if final > first else None,
         "seconds": last["at"] - begun["at"],  # of the whole job: decoding, training, test, export
+        "seconds_to_trained": trained - begun["at"],  # the last checkpoint included, the test and the export not
         "seconds_with_ingest": last["at"] - begun["before_ingest"],
         "seconds_from_plan": last["at"] - planned["at"],
         "accuracy": last["metrics"].get("test/accuracy"),

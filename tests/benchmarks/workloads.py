@@ -71,7 +71,8 @@ def _frozen(bench: Bench, trainable: str, samples: int) -> Pair:
              "epochs": 10, "trainable": trainable, "augmentation": "none", "seed": bench.seed, "evaluate": True,
              "weights": str(start / "model.safetensors")}  # fmt: skip
     other = naive(asked)
-    return Pair(fast["seconds"], other["seconds"], (fast["accuracy"], other["accuracy"]))
+    # Decoding and training on both sides; the test is on neither.
+    return Pair(fast["seconds_to_trained"], other["seconds"], (fast["accuracy"], other["accuracy"]))
 
 
 def _frozen_spec(bench: Bench, trainable: str, epochs: int) -> Numbers:
@@ -84,13 +85,13 @@ def _frozen_spec(bench: Bench, trainable: str, epochs: int) -> Numbers:
 
 @workload("head_resnet18_64_10_epochs", "s", 25, "time")
 def head_only(bench: Bench) -> Pair:
-    """Head only, 64 px, 10 epochs, decoding and the test included: the frozen network runs once, not every epoch."""
+    """Head only, 64 px, 10 epochs, decoding included: the frozen network runs once, not every epoch."""
     return _frozen(bench, "head", 5000)
 
 
 @workload("last1_resnet18_64_10_epochs", "s", 4, "time")
 def last_stage(bench: Bench) -> Pair:
-    """`last:1`, 64 px, 10 epochs, decoding and the test included."""
+    """`last:1`, 64 px, 10 epochs, decoding included."""
     return _frozen(bench, "last:1", 1500)
 
 

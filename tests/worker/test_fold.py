@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.parts import backbones
-from worker.parts.fold import folded
+from worker.parts.fold import folded, is_plain
 
 pytestmark = pytest.mark.worker
 
@@ -93,3 +93,12 @@ class Twice(nn.Module):
 def test_a_map_that_is_used_twice_is_left_alone() -> None:
     network = Twice().eval()
     assert folded(network, torch.randn(2, 3, 8, 8)) is network
+
+
+@pytest.mark.parametrize(("name", "plain"), [("resnet18", True), ("mobilenet_v3_small", True), ("vit_b_16", False)])
+def test_only_a_network_that_autocast_computes_low_throughout_may_be_converted(name: str, plain: bool) -> None:
+    network = settled(name)
+    made = folded(network, torch.randn(2, 3, 32, 32))
+    assert is_plain(made) is plain
+    if plain:
+        assert not is_plain(network), "its batch norms still run in float32"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from worker.data.shelf import Shelf
 from worker.data.source import Data, Source, ahead, in_order
 from worker.parts import compute
-from worker.parts.fold import folded
+from worker.parts.fold import folded, is_plain
 from worker.parts.seed import generator
 from worker.parts.tuning import Plan
 from worker.recipe import Batch
@@ -66,11 +66,15 @@ def cache_prefix(
     size = batch_size(plan)
     first = source.batch(torch.arange(min(2, len(source))))
     runs = folded(prefix, compute.laid_out(data.ready(first, device), plan)["image"])
+    dtype = torch.float32
+    if runs is not prefix and plan.precision == "bfloat16" and is_plain(runs):
+        dtype = torch.bfloat16
+        runs = runs.to(dtype)
 
     def forward(batch: Batch, view: int, start: int) -> Tensor:
         draws = generator(seed, "view", view, start, device=device) if augmented else None
         ready = compute.laid_out(data.ready(batch, device, draws), plan)
-        return runs(ready["image"]).to(torch.bfloat16).cpu()
+        return runs(ready["image"].to(dtype)).to(torch.bfloat16).cpu()
 
     tick = Ticker(reporter, "features")
     with torch.inference_mode(), compute.autocast(plan, device):
