@@ -313,6 +313,11 @@ def _data(
         labels = split_labels(train.labels, spec.data, seed=seed, validate=not uses_split)
         rows, hidden = labels.train, None
         if recipe.requires.unlabelled:
+            if not len(labels.unlabelled):
+                raise DataFault(
+                    f"{recipe.name} needs unlabelled training samples, and every one here has a label.",
+                    code="no_unlabelled_samples", hint="Add some, or hide labels with data.labels_per_class.",
+                )  # fmt: skip
             hidden = torch.ones(len(train), dtype=torch.bool)
             hidden[labels.train] = False
             rows = torch.cat([labels.train, labels.unlabelled]).sort()[0]

@@ -24,6 +24,7 @@ from worker import evaluate
 from worker.agreement import Agreement
 from worker.checkpoint import Checkpoints
 from worker.clock import Clock
+from worker.data.order import draw_order, shown
 from worker.data.shares import Share
 from worker.data.source import Data, ahead
 from worker.parts import compute, distributed, optim, schedule
@@ -82,7 +83,7 @@ def train(
             compiled.compile()
     forward = distributed.parallel(module, idle_parameters=getattr(module, "idle_parameters", False))
     module.train()
-    share = Share(data, plan)
+    share = Share(data, plan, without_labels=hasattr(module, "labelled_part"))
     clock = Clock(plan, before=state.seconds or 0.0, start=state.step)
     agreement = Agreement(clock)
     wish: Wish = "run"
@@ -124,7 +125,7 @@ def train(
             )
             optimizer.reset(stale or ())
             distributed.agree(module)
-        order = _order(module, data, training.seed, epoch)
+        order = draw_order(module, data.train.labels, plan, seed=training.seed, epoch=epoch)
 
         for rows, batch in ahead(data.train, _batches(order, plan, state.step, share), epoch):
             if halted():
@@ -137,6 +138,7 @@ def train(
             # Dropout, and whatever a recipe draws: another draw for the other samples of another process.
             reseed(derive(training.seed, "step", state.step, *distributed.lane()), device)
             draws = generator(training.seed, "inputs", state.step, device=device)
+            batch = shown(module, state.step, batch)
             for number, part in enumerate(_micro_batches(batch, len(rows), plan), start=1):
                 ready = compute.laid_out(share.ready(part, device, draws), plan)
                 with distributed.without_averaging(forward, when=number < plan.accumulate):
@@ -219,17 +221,6 @@ def _learning_rate(step: int, training: Training, plan: Plan) -> float:
     # Half a step on, so that neither the first step of a warm-up nor the last of a decay is spent at zero.
     fraction = (step + 0.5) / plan.steps
     return plan.learning_rate * schedule.scale(training.schedule, fraction, training.warmup_fraction)
-
-
-def _order(module: nn.Module, data: Data, seed: int, epoch: int) -> Tensor:
-    """Draw the order of an epoch's samples: a permutation, or with replacement by the objective's weights."""
-    weigh = getattr(module, "sample_weights", None)
-    weights: Tensor | None = weigh(data.train.labels) if weigh is not None else None
-    draws = generator(seed, "order", epoch)
-    count = len(data.train)
-    if weights is None:
-        return torch.randperm(count, generator=draws)
-    return torch.multinomial(weights.double().cpu(), count, replacement=True, generator=draws)
 
 
 def _batches(order: Tensor, plan: Plan, step: int, share: Share) -> Iterator[Tensor]:
@@ -316,7 +307,7 @@ def _refuse_non_finite(
         return
     step = state.step - len(window) + found  # from 0
     epoch, position = divmod(step, plan.steps_per_epoch)
-    order = _order(module, data, training.seed, epoch)
+    order = draw_order(module, data.train.labels, plan, seed=training.seed, epoch=epoch)
     rows = order[position * plan.batch_size : (position + 1) * plan.batch_size]
     samples = data.train.batch(rows, epoch)["index"].tolist()
     rate = _learning_rate(step, training, plan)

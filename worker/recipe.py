@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +19,7 @@ from app.domain.spec import Spec
 # these two kinds as well; the loop then normalises it per channel.
 Batch = dict[str, Tensor]
 Kind = Literal["pretrain", "finetune", "apply"]
+Width = Annotated[int, Field(ge=1, le=16384)]
 
 
 class Params(BaseModel):
@@ -39,6 +40,21 @@ class PretrainParams(Params):
     freeze_stages: int = Field(
         default=0, ge=0, le=64, description="This many of the backbone's first stages stay as they are."
     )
+
+
+class Head(Params):
+    """The layers after the backbone: a fine-tuning recipe's parameter `head`, which is exported with the model."""
+
+    hidden: Width | Annotated[tuple[Width, ...], Field(max_length=8)] = Field(
+        default=(), description="Width of one hidden layer, or of each of several; empty is a linear head."
+    )
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field(default="relu", description="After a hidden layer.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Before the last layer and between hidden ones.")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The hidden layers as a tuple."""
+        return (self.hidden,) if isinstance(self.hidden, int) else self.hidden
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,8 @@ class Objective(Protocol):
                                      with "prefix" [batch, …] in place of "image". None where `inputs` mixes samples
     sample_weights(labels)           [samples] -> [samples] or None: how often each row is drawn, asked for at every
                                      epoch's start; None is each row once per epoch
+    labelled_part(step) -> 0 to 1    the part of that step's batch that is drawn from rows with a label; the others come
+                                     from those without. At 0 all rows are drawn alike, and the batch has no "label"
     compiled_parts                   modules to compile where the plan says so; without it the backbone alone
     idle_parameters                  whether some trainable parameters get no gradient in some steps, which several
                                      processes have to know

@@ -96,7 +96,8 @@ def spec(recipe: str = "image_classification", **given: Any) -> dict[str, Any]:
     known = catalogue.recipes().get(recipe)
     families = known.requires.architectures if known is not None else None
     network = NETWORK if families is None or "convolutional" in families else SMALL_VIT
-    return {"recipe": recipe, "model": network, "training": training, **given}
+    data = {"data": {"labels_per_class": 5}} if known is not None and known.requires.unlabelled else {}
+    return {"recipe": recipe, "model": network, "training": training, **data, **given}
 
 
 class Heard:

@@ -24,12 +24,19 @@ _BY_SIZE: tuple[Callable[..., Tensor], ...] = (torch.rand, torch.randn, torch.ra
 
 
 class Share:
-    """What one process does of a run's batches."""
+    """What one process does of a run's batches.
 
-    def __init__(self, data: Data, plan: Plan) -> None:
+    `without_labels` says that some batches come without labels, which the inputs may treat in another way.
+    """
+
+    def __init__(self, data: Data, plan: Plan, *, without_labels: bool = False) -> None:
         self._rank, self._world, self._accumulate = distributed.rank(), distributed.world_size(), plan.accumulate
         self._micro = plan.batch_size // plan.accumulate  # of all processes
-        self._whole = self._world > 1 and data.prepare is not None and not self._draws_by_sample(data, data.prepare)
+        self._whole = (
+            self._world > 1
+            and data.prepare is not None
+            and not self._draws_by_sample(data, data.prepare, without_labels=without_labels)
+        )
         self._data = data
         if self._world > 1 and data.prepare is not None:
             self._data = replace(data, prepare=self._prepared(data.prepare))
@@ -56,13 +63,16 @@ class Share:
 
         return prepared
 
-    def _draws_by_sample(self, data: Data, prepare: Prepare) -> bool:
+    def _draws_by_sample(self, data: Data, prepare: Prepare, *, without_labels: bool) -> bool:
         if self._micro // self._world < LEAST:
             return False
         rows = torch.arange(min(LEAST, len(data.train)))
         try:
             with _SharedDraws(len(rows) * self._world, 0, self._world):
-                prepare(data.train.batch(rows), generator(0, "trial"))
+                batch = data.train.batch(rows)
+                prepare(batch, generator(0, "trial"))
+                if without_labels:
+                    prepare({name: value for name, value in batch.items() if name != "label"}, generator(0, "trial"))
         except _MixesSamples:
             return False
         return True

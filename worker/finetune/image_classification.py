@@ -15,24 +15,7 @@ from worker.data.policy import Augment, View, mix, policy
 from worker.data.rand_augment import BINS, RandAugment, beside
 from worker.parts.backbones import Stage, stage_modules
 from worker.parts.heads import build_head
-from worker.recipe import Batch, Info, Params, Progress, Recipe, Requires
-
-Width = Annotated[int, Field(ge=1, le=16384)]
-
-
-class Head(Params):
-    """The layers after the backbone."""
-
-    hidden: Width | Annotated[tuple[Width, ...], Field(max_length=8)] = Field(
-        default=(), description="Width of one hidden layer, or of each of several; empty is a linear head."
-    )
-    activation: Literal["relu", "gelu", "silu", "tanh"] = Field(default="relu", description="After a hidden layer.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Before the last layer and between hidden ones.")
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The hidden layers as a tuple."""
-        return (self.hidden,) if isinstance(self.hidden, int) else self.hidden
+from worker.recipe import Batch, Head, Info, Params, Progress, Recipe, Requires
 
 
 class RandAugmentParams(Params):

@@ -1,8 +1,10 @@
 """The losses of the last few steps, kept on the device so that no step waits for a number.
 
-Where several processes train together each keeps its own losses, and reading them is done by all at once.
+Steps of different kinds may give different numbers: a mean is one over the steps that gave it. Where several processes
+train together each keeps its own losses, and reading them is done by all at once.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,9 +32,16 @@ class Window:
 
     def add(self, losses: Mapping[str, Tensor], *, share: float) -> None:
         """Add a micro-batch's share to the step that is under way."""
-        self.names = self.names or sorted(losses)
-        row = torch.stack([losses[name].detach().float() for name in self.names]) * share
+        self._know(losses)
+        given = {name: value.detach().float() for name, value in losses.items()}
+        row = torch.stack([given[name] if name in given else given["loss"] * math.nan for name in self.names]) * share
         self._open = row if self._open is None else self._open + row
+
+    def _know(self, losses: Mapping[str, Tensor]) -> None:
+        """Widen what was kept by the names that are new."""
+        if new := sorted(losses.keys() - set(self.names)):
+            self.names = [*self.names, *new]
+            self._rows = [torch.nn.functional.pad(row, (0, len(new)), value=math.nan) for row in self._rows]
 
     def close_step(self) -> None:
         """End the step that is under way."""
@@ -41,9 +50,10 @@ class Window:
         self._open = None
 
     def means(self, prefix: str) -> dict[str, float]:
-        """Give the mean of every loss; reads from the device."""
-        values = self.values().double().mean(0).tolist()
-        return {f"{prefix}{name}": value for name, value in zip(self.names, values, strict=True)}
+        """Give the mean of every loss that a step of the window gave; reads from the device."""
+        values = self.values().double().nanmean(0).tolist()
+        told = zip(self.names, values, strict=True)
+        return {f"{prefix}{name}": value for name, value in told if not math.isnan(value)}
 
     def first_not_finite(self) -> int | None:
         """Give the first step of the window whose loss is not finite; reads from the device."""
