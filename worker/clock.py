@@ -10,7 +10,9 @@ from worker.parts.tuning import Plan
 from worker.report import Progress
 
 SHOW_SECONDS = 1.0
-SAVE_SECONDS = 1.0  # at least, between checkpoints at the ends of epochs,
+SAVE_SECONDS = (
+    10.0  # at least, between checkpoints at the ends of epochs, each of which the supervisor hashes and stores,
+)
 SAVING_SHARE = 0.05  # of which no more than this goes into saving
 
 

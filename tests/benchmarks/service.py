@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -47,10 +48,10 @@ def _job(dataset: str, seed: int, **training: object) -> Numbers:
 
 
 def _first_step(client: Client, job: str) -> float:
-    """Wait for the event of the first optimiser step, and give the moment when it arrived here."""
+    """Wait for the event of the first optimiser step, and give the moment when it was written, as the other's stamp."""
     for event in client.jobs.events(job):
         if event.get("code") == "train.first_step":
-            return time.time()
+            return datetime.fromisoformat(event["created_at"]).timestamp()
         if event["type"] == "done":
             break
     raise RuntimeError(f"{job} ended without a first step: {client.jobs.get(job)['error']}")

@@ -67,11 +67,12 @@ def _summary(lines: list[Numbers], warmup: int) -> Numbers:
     trained = steps[-1][0]
     steps = steps[:-1]  # the last report comes after the last checkpoint
     rows = [(line["at"], *row) for line in kinds.get("metrics", ()) for row in line["rows"]]
+    per_epoch = plan["steps_per_epoch"]
     losses = [(step, value) for _at, name, step, value in rows if name == "train/loss"]
     steps += [(at, step) for at, name, step, _value in rows if name == "train/loss"]
+    tail = [value for step, value in losses if step > losses[-1][0] - per_epoch]
     counted = sorted(point for point in steps if point[1] >= warmup)
     (first_at, first), (final_at, final) = counted[0], counted[-1]
-    per_epoch = plan["steps_per_epoch"]
     return {
         "samples_per_second": (final - first) * plan["batch_size"] / (final_at - first_at) if final > first else None,
         "seconds": last["at"] - begun["at"],  # of the whole job: decoding, training, test, export
@@ -81,7 +82,7 @@ def _summary(lines: list[Numbers], warmup: int) -> Numbers:
         "accuracy": last["metrics"].get("test/accuracy"),
         "metrics": last["metrics"],
         "plan": plan,
-        "last_epoch_loss": statistics.fmean([value for step, value in losses if step > losses[-1][0] - per_epoch]),
+        "last_epoch_loss": statistics.fmean(tail) if tail else None,
         "epoch_ends": _epoch_ends(kinds.get("metrics", []), begun["before_ingest"], begun["at"], per_epoch),
     }
 
