@@ -5,13 +5,15 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -291,7 +293,8 @@ def run(arguments: argparse.Namespace) -> int:
     kept = Reporter(
         listener=lambda message: finished.append(message) if isinstance(message, Finished) else listener(message)
     )
-    code = alone.carry_out(order, kept, carry_out)
+    with _stopped_by_interrupt(kept):
+        code = alone.carry_out(order, kept, carry_out)
     for last in finished:
         made = (*last.files, *(last.model.files if last.model else ()))
         for file in made:
@@ -301,6 +304,22 @@ def run(arguments: argparse.Namespace) -> int:
         shutil.copytree(scratch / alone.CHILDREN, out / alone.CHILDREN, dirs_exist_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
     return code
+
+
+@contextlib.contextmanager
+def _stopped_by_interrupt(reporter: Reporter) -> Iterator[None]:
+    """Take Ctrl-C as the wish to stop, which keeps the best model so far; a second one ends the process."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        reporter.want("stop")
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def local_order(

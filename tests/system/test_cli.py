@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -222,3 +223,21 @@ def test_a_run_without_any_server(tmp_path: Path) -> None:
     failed = process(tmp_path, *words, cwd=tmp_path)
     assert failed.returncode == 3, failed.stderr
     assert "trainable" in failed.stderr
+
+
+def test_ctrl_c_in_a_run_without_a_server_keeps_the_model(tmp_path: Path) -> None:
+    endless = FINE_TUNING | {"training": FINE_TUNING.get("training", {}) | {"epochs": 50_000}}
+    (tmp_path / "spec.json").write_text(json.dumps(endless))
+    with subprocess.Popen(
+        [*TUNEYARD, "run", "spec.json", "--data", "builtin:digits", "--out", "made", "--json"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment(tmp_path),
+    ) as run:  # fmt: skip
+        assert run.stdout is not None
+        lines: list[dict[str, object]] = []
+        for line in run.stdout:
+            lines.append(json.loads(line))
+            if lines[-1].get("code") == "train.first_step":
+                run.send_signal(signal.SIGINT)
+    assert run.returncode == 0
+    assert (lines[-1]["type"], lines[-1]["outcome"]) == ("finished", "stopped")
+    assert (tmp_path / "made" / "model.safetensors").stat().st_size > 1000
