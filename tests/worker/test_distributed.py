@@ -180,6 +180,17 @@ def test_two_processes_compare_views_as_one(
     assert_same_run(one, two)
 
 
+def test_two_processes_take_turns_between_objectives_as_one(
+    partners: Partners, many: DatasetFacts, tmp_path: Path
+) -> None:
+    """Each step is of one kind everywhere, and what waits in it gets no gradient anywhere."""
+    training = {"epochs": 3, "batch_size": 64, "learning_rate": 0.05, "gradient_clip": 10.0, **SGD}
+    body = {**sets.spec("semi_supervised", params={"objective": "simclr"}), "model": MLP, "training": training}
+    one, two = (train(partners, body, many, tmp_path / str(world), world) for world in (1, 2))
+    assert {"train/supervised", "train/unsupervised"} <= {name for name, _ in one.curve()}
+    assert_same_run(one, two)
+
+
 def test_hooks_leave_the_same_state_everywhere(partners: Partners, many: DatasetFacts, tmp_path: Path) -> None:
     ran = train(partners, classification({"training": {"batch_size": 48}}), many, tmp_path, 3, hooked=True)
     assert [other["digest"] for other in ran.others] == [partner.digest(ran.module)] * 2
