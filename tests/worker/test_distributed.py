@@ -24,6 +24,7 @@ from worker import assembly, trainer
 from worker.checkpoint import Checkpoints
 from worker.data import policy, shares
 from worker.data.augment import to_float
+from worker.data.rand_augment import RandAugment
 from worker.loop import Result
 from worker.parts import distributed
 from worker.parts.seed import generator
@@ -356,6 +357,7 @@ VIEWS: dict[str, policy.Augment | None] = {
     "standard": policy.policy("standard", image_size=8, channels=1),
     "strong": policy.policy("strong", image_size=8, channels=3),
     "two views": policy.views(policy.simclr_view(image_size=40, channels=3), 2),
+    "randaugment": RandAugment(spread=0.5),
 }
 
 

@@ -30,13 +30,14 @@ class RandAugment:
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Draw for every sample of `images` [batch, channels, height, width], bytes or in [0, 1]; gives bytes."""
-        shape, device = (self.operations, len(images)), generator.device
+        # A sample's draws lie in one row, so that several processes can share a batch's (shares.py).
+        shape, device = (len(images), self.operations), generator.device
         operations = torch.randint(len(OPERATIONS), shape, generator=generator, device=device)
         noise = torch.randn(shape, generator=generator, device=device)
         levels = (self.magnitude + self.spread * noise).clamp_(0, BINS) / BINS
         signs = torch.randint(2, shape, generator=generator, device=device) * 2 - 1
         images = images if images.dtype == torch.uint8 else images.mul(255).round_().to(torch.uint8)
-        return apply(images, operations, levels, signs)
+        return apply(images, operations.T, levels.T, signs.T)
 
 
 def beside(view: View | None, drawn: RandAugment) -> Augment:

@@ -36,6 +36,7 @@ def main() -> None:
             half = given.stamps / f".{given.job}"
             half.write_text(str(time.time()))
             half.rename(given.stamps / given.job)
+    (given.stamps / f"{given.job}.done").touch()
 
 
 if __name__ == "__main__":
