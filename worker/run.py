@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from app.domain.errors import Failure, JobFault
+from app.domain.errors import Failure, JobFault, SystemFault
 from app.domain.jobs import Status, Wanted
 from app.settings import Settings
 from app.store import checkpoints, claims, tables
@@ -303,8 +303,15 @@ class Run:
         self._log.info("running", milliseconds=round((time.monotonic() - self._since) * 1e3))
 
     def _checkpoint(self, saved: Saved) -> None:
-        path = self._scratch.find(saved.file)
-        stored = self._store(path)
+        try:
+            path = self._scratch.find(saved.file)
+            stored = self._store(path)
+        except (SystemFault, OSError):
+            if not self._scratch.is_gone(saved.file):
+                raise
+            # The trainer keeps its last two: newer ones came while this one waited for the database or the disk.
+            self._log.info("checkpoint superseded before it was stored", step=saved.step)
+            return
 
         def write(session: Session) -> None:
             # One commit: a checkpoint is never listed before the metrics that led to it.

@@ -88,6 +88,10 @@ class Scratch:
             raise SystemFault(f"The trainer named {name!r}, which is no file in its scratch folder.", code="protocol")
         return path
 
+    def is_gone(self, name: str) -> bool:
+        """Say whether there is nothing by that name any more."""
+        return not os.path.lexists(self.folder / name)
+
 
 def stage(
     engine: Engine, blobs: Blobs, settings: Settings, job: tables.Job, scratch: Scratch, *, threads: int, device: str,

@@ -59,6 +59,13 @@ def after_checkpoint(stack: Stack, job_id: str, count: int = 2) -> None:
     )  # fmt: skip
 
 
+def attempts(stack: Stack, job_id: str) -> str:
+    """What to look at when there were more of them than kills."""
+    told = [f"{event.code}: {event.message}" for event in stack.events(job_id) if event.type != "metric"]
+    rows = [f"attempt {row.attempt} {row.outcome} {row.error}" for row in stack.attempts(job_id)]
+    return "\n".join([*rows, *told])
+
+
 def digest(stack: Stack, job_id: str) -> str:
     return hashlib.sha256(stack.weights(job_id)).hexdigest()
 
@@ -67,14 +74,14 @@ def test_killed_in_the_middle_a_job_ends_with_the_bits_of_one_that_was_not(real:
     reference = post(real)
     real.until_status(reference, "succeeded", seconds=240)
     expected = digest(real, reference)
-    assert len(real.attempts(reference)) == 1
+    assert len(real.attempts(reference)) == 1, attempts(real, reference)
 
     worker_killed = post(real)
     after_checkpoint(real, worker_killed)
     real.stop_worker(real.workers[0], signal.SIGKILL)
     real.start_worker(REAL, THREADS="1")
     job = real.until_status(worker_killed, "succeeded", seconds=240)
-    assert job["attempt"] == 2
+    assert job["attempt"] == 2, attempts(real, job["id"])
     assert job["exact"] is True
     assert digest(real, worker_killed) == expected
     real.assert_ended_once(worker_killed)
@@ -84,7 +91,7 @@ def test_killed_in_the_middle_a_job_ends_with_the_bits_of_one_that_was_not(real:
     (trainer,) = real.workers[0].trainers()
     os.kill(trainer, signal.SIGKILL)
     job = real.until_status(trainer_killed, "succeeded", seconds=240)
-    assert job["attempt"] == 2
+    assert job["attempt"] == 2, attempts(real, job["id"])
     assert digest(real, trainer_killed) == expected
 
     def curve(job_id: str) -> list[tuple[str, int, float | None]]:

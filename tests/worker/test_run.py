@@ -497,6 +497,28 @@ def test_a_long_outage_kills_the_trainer_before_the_lease_ends(host: Host, monke
     assert (job.status, job.attempt, job.lease_owner) == (Status.RUNNING, 1, "wrk_test")  # left to the lease
 
 
+def test_a_checkpoint_that_newer_ones_replaced_before_it_was_stored_is_left_out(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk or database makes the supervisor late, and the trainer keeps its last two files alone."""
+    store, late = Blobs.put_file, iter([True])
+
+    def slow(blobs: Blobs, engine: Engine, path: Path) -> Any:
+        if next(late, False):
+            path.unlink()
+            raise FileNotFoundError(path)
+        return store(blobs, engine, path)
+
+    monkeypatch.setattr(Blobs, "put_file", slow)
+    job_id = submit(host.engine, steps=20, checkpoint_every=5)
+    again(host, job_id)
+    assert job_of(host.engine, job_id).status == "succeeded"
+    (attempt,) = attempts_of(host.engine, job_id)
+    assert attempt.error is None
+    steps = [row.step for row in rows_of(host.engine, tables.Checkpoint, job_id, tables.Checkpoint.step)]
+    assert steps == [10, 15]
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(host: Host) -> None:
     job_id = submit(host.engine, steps=20, checkpoint_every=5, kill_at=17)
     work(host, "poll", internal=False)
