@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from worker.data import augment
+from worker.recipe import Batch, Info
 
 Augment = Callable[[Tensor, Generator], Tensor]
 Level = Literal["none", "light", "standard", "strong"]
@@ -186,6 +187,18 @@ def policy(level: Level, *, image_size: int, channels: int) -> View | None:
                 image_size, crop_scale=(0.4, 1.0) if small else (0.2, 1.0), flip=0.5, jitter=0.8, brightness=0.4,
                 contrast=0.4, saturation=0.4, hue=0.1, greyscale=0.1, erase=0.25,
             )  # fmt: skip
+
+
+def augmented(level: Level, info: Info) -> Callable[[Batch, Generator], Batch] | None:
+    """Make the inputs of a recipe that sees one view of every image; None where `level` is none."""
+    view = policy(level, image_size=info.image_size, channels=info.channels)
+    if view is None:
+        return None
+
+    def draw(batch: Batch, generator: Generator) -> Batch:
+        return {**batch, "image": view(batch["image"], generator)}
+
+    return draw
 
 
 def simclr_view(*, image_size: int, channels: int, strength: float | None = None) -> View:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from worker.data.policy import policy
+from worker.data.policy import augmented
 from worker.parts.decoders import Decoder
 from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
 
@@ -92,14 +92,7 @@ class FlatDecoder(nn.Module):
 
 def inputs(params: AutoencoderParams, info: Info) -> Callable[[Batch, Generator], Batch] | None:
     """Augment the image that is to be reconstructed; the damage comes in the forward pass."""
-    augment = policy(params.augmentation, image_size=info.image_size, channels=info.channels)
-    if augment is None:
-        return None
-
-    def augmented(batch: Batch, generator: Generator) -> Batch:
-        return {**batch, "image": augment(batch["image"], generator)}
-
-    return augmented
+    return augmented(params.augmentation, info)
 
 
 def build(params: AutoencoderParams, backbone: nn.Module, info: Info) -> Autoencoder:

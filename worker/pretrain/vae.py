@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from worker.data.policy import policy
+from worker.data.policy import augmented
 from worker.parts import seed
 from worker.parts.decoders import Decoder, mirrored
 from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
@@ -134,14 +134,7 @@ class Vae(nn.Module):
 
 def inputs(params: VaeParams, info: Info) -> Callable[[Batch, Generator], Batch] | None:
     """Augment the image that is to be reconstructed."""
-    augment = policy(params.augmentation, image_size=info.image_size, channels=info.channels)
-    if augment is None:
-        return None
-
-    def augmented(batch: Batch, generator: Generator) -> Batch:
-        return {**batch, "image": augment(batch["image"], generator)}
-
-    return augmented
+    return augmented(params.augmentation, info)
 
 
 def build(params: VaeParams, backbone: nn.Module, info: Info) -> Vae:
