@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict
 
 from app.domain.errors import Failure
 from app.domain.models import ModelConfig
-from worker import zygote
 from worker.report import (
     Failed,
     Finished,
@@ -33,6 +32,7 @@ from worker.report import (
     Reporter,
     Saved,
 )  # fmt: skip
+from worker.trainer import zygote
 
 COMMAND = (sys.executable, "-m", "tests.fakes")
 

@@ -78,7 +78,7 @@ def measure(cache: Path, threads: int, *, compiled: bool = False, seconds: float
     Raises:
         MeasuringFailed: torch is missing or broken; the message is the last line of what went wrong.
     """
-    command = [sys.executable, "-m", "worker.tune", "--cache", str(cache), "--threads", str(threads)]
+    command = [sys.executable, "-m", "worker.trainer.tune", "--cache", str(cache), "--threads", str(threads)]
     command += ["--seconds", str(seconds)]
     command += ["--compile"] if compiled else []
     with (

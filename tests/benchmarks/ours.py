@@ -14,10 +14,12 @@ import torch
 
 from app.domain.datasets import DatasetFacts
 from app.domain.models import ModelConfig
-from worker import ingest, zygote
-from worker.assembly import Assembly, assemble
+from worker import ingest
 from worker.report import BaseModelInput, Message, Order, Reporter
-from worker.trainer import carry_out, local_order
+from worker.trainer import zygote
+from worker.trainer.assembly import Assembly, assemble
+from worker.trainer.local import local_order
+from worker.trainer.process import carry_out
 
 
 def facts_of(folder: Path, ingested: Path, threads: int) -> DatasetFacts:

@@ -68,7 +68,7 @@ def _outside(up: Up) -> dict[str, float]:
             continue
         with contextlib.suppress(psutil.NoSuchProcess):
             command, times = " ".join(process.cmdline()), process.cpu_times()
-            words = {"worker.zygote": "zygote", "worker.main": "worker", "uvicorn": "api", "redis": "redis"}
+            words = {"worker.trainer.zygote": "zygote", "worker.main": "worker", "uvicorn": "api", "redis": "redis"}
             name = next((name for word, name in words.items() if word in command), "stack")
             spent[name] = spent.get(name, 0.0) + times.user + times.system
     return spent

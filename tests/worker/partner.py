@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from tests.worker.sets import Heard
 from worker import loop
-from worker.assembly import assemble, start
 from worker.checkpoint import Checkpoints
 from worker.parts import distributed
 from worker.parts.seed import reseed
 from worker.parts.tuning import Plan
 from worker.recipe import Progress
 from worker.report import Order
+from worker.trainer.assembly import assemble, start
 
 PATIENCE = timedelta(seconds=60)  # nobody watches over the processes of these tests
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 from PIL import Image
 
 from app.domain.datasets import DatasetFacts, Shard
-from worker import catalogue, trainer
+from worker import catalogue
 from worker.report import Failed, Finished, Message, Order, Reporter
+from worker.trainer import local, process
 
 Split = tuple[np.ndarray, np.ndarray]  # uint8 [n, height, width] or [n, height, width, 3], and labels with -1 for none
 
@@ -131,14 +132,14 @@ def order(spec: dict[str, Any], facts: DatasetFacts, folder: Path, **given: Any)
     """Make an order that works below `folder`."""
     scratch = folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    made = trainer.local_order(spec, facts, scratch, folder / "cache", threads=1)
+    made = local.local_order(spec, facts, scratch, folder / "cache", threads=1)
     return made.model_copy(update=given)
 
 
 def carry_out(given: Order, wish: Callable[[Message], str | None] = lambda _: None) -> tuple[Heard, Finished | Failed]:
     """Run an order in this process; give what was heard, and the last word."""
     heard = Heard(wish)
-    trainer.carry_out(given, heard.reporter)
+    process.carry_out(given, heard.reporter)
     last = heard.messages[-1]
     assert isinstance(last, Finished | Failed)
     return heard, last

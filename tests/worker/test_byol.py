@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
-from worker.assembly import assemble
 from worker.data.pair import ViewParams, byol_views
 from worker.parts import compute, teacher
 from worker.parts.seed import generator
 from worker.pretrain import byol
 from worker.recipe import Info, Progress
 from worker.report import Failed
+from worker.trainer.assembly import assemble
 
 pytestmark = pytest.mark.worker
 

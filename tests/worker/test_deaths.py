@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.deaths import failure_of_death, failure_of_supervisor, oom_kills
+from worker.supervisor.deaths import failure_of_death, failure_of_supervisor, oom_kills
 
 pytestmark = pytest.mark.unit
 

@@ -13,12 +13,12 @@ from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
 from tests.worker import sets
 from worker import evaluate
-from worker.assembly import Assembly, assemble
 from worker.parts import compute
 from worker.parts.whitening import whitening
 from worker.pretrain.deepcluster import DeepCluster
 from worker.recipe import Progress
 from worker.report import Finished
+from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
 

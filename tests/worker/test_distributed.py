@@ -20,7 +20,6 @@ from app.domain.datasets import DatasetFacts
 from app.domain.errors import ResourceFault, UserFault
 from tests.worker import partner, sets
 from tests.worker.partner import Turn
-from worker import assembly, trainer
 from worker.checkpoint import Checkpoints
 from worker.data import policy, shares
 from worker.data.augment import to_float
@@ -30,6 +29,7 @@ from worker.parts import distributed
 from worker.parts.seed import generator
 from worker.parts.tuning import Plan
 from worker.report import Failed, Finished, Message, Planned, Saved
+from worker.trainer import assembly, training
 
 pytestmark = pytest.mark.worker
 MLP = {"architecture": "mlp", "hidden": [32]}
@@ -343,7 +343,7 @@ def test_out_of_memory_halves_the_micro_batch_of_all(
         made.objective.forward = limited
         return made
 
-    monkeypatch.setattr(trainer, "assemble", assemble)
+    monkeypatch.setattr(training, "assemble", assemble)
     heard, last = sets.carry_out(sets.order(job(), many, tmp_path, processes=2))
     assert isinstance(last, Finished), last
     assert [message.plan["accumulate"] for message in heard.of(Planned)] == [1, 2]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import models, sets
-from worker import application, trainer
 from worker.parts.networks import load_network
 from worker.report import BaseModelInput, Failed, Finished, Metrics, Order, Planned
+from worker.trainer import __main__, application, local
 
 pytestmark = pytest.mark.worker
 
@@ -194,9 +194,9 @@ def test_without_a_server_a_model_is_a_folder(
     (tmp_path / "spec.json").write_text(json.dumps({"recipe": "embed"}))
     given = ["run", str(tmp_path / "spec.json"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
              "--threads", "1", "--model"]  # fmt: skip
-    assert trainer.run(trainer._arguments([*given, str(tmp_path / "model")])) == 0
+    assert local.run(__main__.arguments([*given, str(tmp_path / "model")])) == 0
     assert len(pq.read_table(tmp_path / "out" / "embedding.parquet")) == 12
     capsys.readouterr()
-    assert trainer.run(trainer._arguments([*given, str(tmp_path / "nowhere")])) == 1
+    assert local.run(__main__.arguments([*given, str(tmp_path / "nowhere")])) == 1
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "config.json" in last["error"]["message"]

@@ -14,12 +14,12 @@ from app.domain.datasets import DatasetFacts
 from app.domain.spec import Spec
 from tests.worker import sets
 from worker import catalogue, evaluate, loop
-from worker.assembly import Assembly, assemble
 from worker.checkpoint import Checkpoints
 from worker.parts import backbones, compute
 from worker.parts.seed import generator, reseed
 from worker.recipe import Progress, Recipe
 from worker.report import Finished, Saved
+from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
 RECIPES = [recipe for recipe in catalogue.recipes().values() if recipe.build is not None]

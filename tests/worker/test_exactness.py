@@ -121,10 +121,10 @@ def test_killed_at_a_random_step_and_resumed(name: str, coloured: DatasetFacts, 
 
 PROCESS = """
 import sys
-from worker import trainer
+from worker.trainer import process
 from worker.report import Order, Reporter
 order = Order.model_validate_json(sys.stdin.read())
-raise SystemExit(trainer.carry_out(order, Reporter(listener=lambda m: print(m.model_dump_json(), flush=True))))
+raise SystemExit(process.carry_out(order, Reporter(listener=lambda m: print(m.model_dump_json(), flush=True))))
 """
 
 

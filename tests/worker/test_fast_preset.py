@@ -10,9 +10,9 @@ from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer
 from tests.worker import sets
-from worker.assembly import assemble
 from worker.parts.tuning import Workload, learning_rate
 from worker.report import Finished, Planned, Saved
+from worker.trainer.assembly import assemble
 
 pytestmark = pytest.mark.worker
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
-from worker.assembly import Assembly, assemble
 from worker.data import features
 from worker.data.features import Features, cache_prefix
 from worker.data.shelf import Shelf
+from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
 from worker import evaluate, loop
-from worker.assembly import Assembly, assemble
 from worker.checkpoint import Checkpoints
 from worker.parts import compute, metrics, optim
 from worker.parts.seed import reseed
 from worker.pretrain import gan
 from worker.recipe import Progress
 from worker.report import Finished
+from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
 START, LATER = Progress(0, 100, 0, 1), Progress(1, 100, 0, 1)

@@ -14,12 +14,13 @@ from app.domain.errors import DataFault, UserFault
 from app.domain.models import ModelConfig
 from app.domain.spec import Spec
 from tests.worker import sets
-from worker import alone, catalogue, trainer
+from worker import catalogue
 from worker.apply import label_efficiency
 from worker.apply.label_efficiency import LabelEfficiencyParams
 from worker.parts import chart
 from worker.recipe import Child, Facts
 from worker.report import Finished
+from worker.trainer import alone, local, process
 
 pytestmark = pytest.mark.worker
 MODEL = f"mdl_{'7' * 26}"
@@ -241,9 +242,9 @@ def real(digits: DatasetFacts, folder: Path, **params: Any) -> Finished:
         "recipe": "label_efficiency", "resources": {"device": "cpu"}, "params": {"fractions": [0.2, 1.0], **params},
         "training": {"steps": 12},
     }  # fmt: skip
-    order = sets.order(body, digits, folder / "ask", model=trainer.local_model(Path(pretrain.scratch) / "model"))
+    order = sets.order(body, digits, folder / "ask", model=local.local_model(Path(pretrain.scratch) / "model"))
     heard = sets.Heard()
-    alone.carry_out(order, heard.reporter, trainer.carry_out)
+    alone.carry_out(order, heard.reporter, process.carry_out)
     last = heard.messages[-1]
     assert isinstance(last, Finished), last
     assert "label_efficiency.svg" in [file.name for file in last.files]

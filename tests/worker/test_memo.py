@@ -9,13 +9,14 @@ import torch
 
 from app.domain.spec import Training
 from app.local import compute
-from worker import ingest, tune
-from worker.assembly import assemble
+from worker import ingest
 from worker.parts import memo, tuning
 from worker.parts.memo import Memo, Row
 from worker.parts.tuning import Hardware, Plan, Workload
 from worker.report import Reporter
-from worker.trainer import local_order
+from worker.trainer import tune
+from worker.trainer.assembly import assemble
+from worker.trainer.local import local_order
 
 pytestmark = pytest.mark.worker
 AMD = Hardware("cpu", threads=2, bfloat16=True, compiler=True)

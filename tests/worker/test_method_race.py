@@ -13,11 +13,12 @@ from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
 from app.domain.spec import Spec
 from tests.worker import sets
-from worker import alone, catalogue, trainer
+from worker import catalogue
 from worker.apply import method_race
 from worker.apply.method_race import MethodRaceParams
 from worker.recipe import Child, Facts, Requires
 from worker.report import Finished
+from worker.trainer import alone, process
 
 pytestmark = pytest.mark.worker
 DIGITS = DatasetFacts(
@@ -239,7 +240,7 @@ def test_it_runs_on_real_digits(digits: DatasetFacts, tmp_path: Path) -> None:
         "params": {"methods": methods, "steps": 2, "eta": 2}, "training": {"steps": 5, "batch_size": 32},
     }  # fmt: skip
     order, heard = sets.order(body, digits, tmp_path), sets.Heard()
-    alone.carry_out(order, heard.reporter, trainer.carry_out)
+    alone.carry_out(order, heard.reporter, process.carry_out)
     last = heard.messages[-1]
     assert isinstance(last, Finished), last
     assert last.result is not None

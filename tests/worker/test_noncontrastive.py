@@ -11,11 +11,11 @@ from torch import Tensor
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
-from worker.assembly import Assembly, assemble
 from worker.parts import compute
 from worker.parts.seed import generator
 from worker.pretrain import barlow_twins, vicreg
 from worker.recipe import Progress
+from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
 Rows = list[list[float]]

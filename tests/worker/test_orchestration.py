@@ -12,9 +12,10 @@ from pydantic import Field
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
 from tests.worker import sets
-from worker import alone, catalogue, orchestration, trainer
+from worker import catalogue
 from worker.recipe import Child, Facts, Gathered, Params, Recipe, Requires
 from worker.report import Event, Failed, Finished, Order, Progress
+from worker.trainer import __main__, alone, local, orchestration, process
 
 pytestmark = pytest.mark.worker
 
@@ -143,7 +144,7 @@ def test_with_no_server_the_children_run_in_turn_and_start_from_each_other(
     digits: DatasetFacts, tmp_path: Path
 ) -> None:
     given, heard = order(digits, tmp_path), sets.Heard()
-    assert alone.carry_out(given, heard.reporter, trainer.carry_out) == 0
+    assert alone.carry_out(given, heard.reporter, process.carry_out) == 0
     last = heard.messages[-1]
     assert isinstance(last, Finished)
     assert last.result is not None
@@ -162,7 +163,7 @@ def test_with_no_server_the_children_run_in_turn_and_start_from_each_other(
 
 def test_with_no_server_a_wrong_child_is_refused_as_the_api_would(digits: DatasetFacts, tmp_path: Path) -> None:
     given, heard = order(digits, tmp_path, wrong={"params": {"trainabel": "all"}}), sets.Heard()
-    assert alone.carry_out(given, heard.reporter, trainer.carry_out) == 1
+    assert alone.carry_out(given, heard.reporter, process.carry_out) == 1
     last = heard.messages[-1]
     assert isinstance(last, Failed)
     assert "Child '0.0': params.trainabel" in last.error.message
@@ -174,7 +175,7 @@ def test_with_no_server_a_child_that_fails_is_told_of(digits: DatasetFacts, tmp_
         order(digits, tmp_path, rounds=1, wrong={"training": {"learning_rate": 1e30, "steps": 9}}),
         sets.Heard(),
     )
-    alone.carry_out(given, heard.reporter, trainer.carry_out)
+    alone.carry_out(given, heard.reporter, process.carry_out)
     last = heard.messages[-1]
     assert isinstance(last, Finished)
     assert last.result is not None
@@ -183,7 +184,7 @@ def test_with_no_server_a_child_that_fails_is_told_of(digits: DatasetFacts, tmp_
 
 def test_with_no_server_a_cancel_ends_it(digits: DatasetFacts, tmp_path: Path) -> None:
     heard = sets.Heard(lambda message: "cancel" if isinstance(message, Progress) and ": " in message.phase else None)
-    assert alone.carry_out(order(digits, tmp_path), heard.reporter, trainer.carry_out) == 0
+    assert alone.carry_out(order(digits, tmp_path), heard.reporter, process.carry_out) == 0
     last = heard.messages[-1]
     assert isinstance(last, Finished)
     assert last.outcome == "cancelled"
@@ -193,10 +194,10 @@ def test_the_command_runs_it_and_keeps_what_the_children_made(tmp_path: Path) ->
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"recipe": "tree", "params": {"rounds": 1}}))
     out = tmp_path / "out"
-    arguments = trainer._arguments(
+    arguments = __main__.arguments(
         ["run", str(spec), "--data", "builtin:digits", "--out", str(out), "--threads", "1", "--device", "cpu"]
     )
-    assert trainer.run(arguments) == 0
+    assert local.run(arguments) == 0
     assert (out / "tree.txt").read_text() == "0.0 0.1"
     assert (out / "children" / "0.1" / "model.safetensors").is_file()
     assert not (out / ".work").exists()

@@ -10,10 +10,10 @@ from PIL import Image
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
-from worker import show
 from worker.parts import pictures
 from worker.parts.tuning import Plan
 from worker.report import Finished, Planned
+from worker.trainer import show
 
 pytestmark = pytest.mark.worker
 

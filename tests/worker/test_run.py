@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import Engine, select, update
 from sqlalchemy.exc import OperationalError
 
-import worker.lease
-import worker.wire
+import worker.supervisor.lease
+import worker.supervisor.wire
 from app.domain.jobs import Status
 from app.settings import Settings
 from app.store import children, claims, jobs, recipes, tables
@@ -26,9 +26,9 @@ from tests import fakes
 from tests.databases import Copy, template
 from tests.factories import make_dataset, make_job, make_project
 from tests.fakes import COMMAND, digest_after
-from worker.run import Host, work
-from worker.slots import Slots
-from worker.warm import Warm
+from worker.supervisor.run import Host, work
+from worker.supervisor.slots import Slots
+from worker.supervisor.warm import Warm
 
 pytestmark = pytest.mark.worker
 
@@ -457,8 +457,8 @@ class Outage:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.on = threading.Event()
         self.refused = 0
-        self._transaction = worker.lease.transaction
-        monkeypatch.setattr(worker.lease, "transaction", self)
+        self._transaction = worker.supervisor.lease.transaction
+        monkeypatch.setattr(worker.supervisor.lease, "transaction", self)
 
     @contextlib.contextmanager
     def __call__(self, engine: Engine, *, read_only: bool = False) -> Iterator[Any]:
@@ -567,7 +567,7 @@ def test_a_broken_supervisor_gives_the_job_back(host: Host, monkeypatch: pytest.
 
 
 def test_endless_output_is_cut(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.wire, "LOG_BYTES", 1000)
+    monkeypatch.setattr(worker.supervisor.wire, "LOG_BYTES", 1000)
     job_id = submit(host.engine, steps=10_000, step_seconds=0.01, output_bytes=100_000)
     with running(host, job_id):
         log = host.runs[job_id]._scratch.log

@@ -16,7 +16,6 @@ from app.domain.errors import UserFault
 from app.domain.spec import Training
 from tests.worker import sets, test_loop
 from worker import loop
-from worker.assembly import Assembly, assemble
 from worker.checkpoint import Checkpoints
 from worker.data.order import draw_order
 from worker.data.source import Data, Part
@@ -26,6 +25,7 @@ from worker.parts.fixmatch import consistency
 from worker.parts.window import Window
 from worker.recipe import Batch, Info, Params, Progress, Recipe
 from worker.report import Failed, Finished, Message, Saved
+from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
 CPU = torch.device("cpu")

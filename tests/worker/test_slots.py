@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from worker.slots import Gpu, Slots, cores, parse_gpus
+from worker.supervisor.slots import Gpu, Slots, cores, parse_gpus
 
 pytestmark = pytest.mark.unit
 

@@ -17,7 +17,7 @@ from app.store.blobs import Blobs, CorruptBlob, Stored, open_blobs
 from app.store.session import make_engine, transaction
 from tests.databases import template
 from tests.factories import make_blob, make_dataset, make_job, make_model, make_project
-from worker.stage import Scratch, Staged, stage, tidy
+from worker.supervisor.stage import Scratch, Staged, stage, tidy
 
 pytestmark = pytest.mark.worker
 

@@ -19,7 +19,7 @@ from app.domain.errors import SystemFault
 from app.domain.spec import EarlyStopping, Optimizer, Training
 from tests.worker import sets
 from tests.worker.test_loop import CPU, Rows, Small, data, keep_all, plan, whole
-from worker import checkpoint, clock, loop, trainer
+from worker import checkpoint, clock, loop
 from worker.checkpoint import Checkpoints, Contents
 from worker.data.source import Data
 from worker.loop import Result
@@ -27,6 +27,7 @@ from worker.parts.tuning import Plan
 from worker.recipe import Batch, Progress
 from worker.report import Event
 from worker.state import State
+from worker.trainer import local, training
 
 pytestmark = pytest.mark.worker
 
@@ -155,9 +156,9 @@ def carry_out(run: Run, folder: Path, *, newest: Path | None = None, seed: int =
     if keep:
         keep_all(heard, folder)
     checkpoints = Checkpoints(folder, heard.reporter, newest=newest)
-    order = trainer.local_order(sets.spec(), None, folder, folder, threads=1)
+    order = local.local_order(sets.spec(), None, folder, folder, threads=1)
     first = run.plan().model_copy(update=run.first_plan).model_dump(mode="json")
-    planned = run.plan() if newest is None else trainer._plan_of(order.model_copy(update={"plan": first}), checkpoints)
+    planned = run.plan() if newest is None else training.plan_of(order.model_copy(update={"plan": first}), checkpoints)
     module = run.build(seed)
     with running_clock(run.build is Slow):
         result = loop.train(

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from app.domain.datasets import DatasetFacts
 from app.domain.models import ModelConfig
 from tests.worker import sets
-from worker import assembly, catalogue, trainer
+from worker import catalogue
 from worker.finetune import image_classification
 from worker.parts.networks import load_network
 from worker.report import BaseModelInput, Event, Failed, Finished, Metrics, Planned, Saved
+from worker.trainer import __main__, assembly, local, process, training
 
 pytestmark = pytest.mark.worker
 
@@ -170,7 +171,7 @@ class Hungry:
             made.objective.forward = limited
             return made
 
-        monkeypatch.setattr(trainer, "assemble", assemble)
+        monkeypatch.setattr(training, "assemble", assemble)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_goes_on(
@@ -283,7 +284,7 @@ def test_ingest_is_an_order_like_any_other(tmp_path: Path) -> None:
     assert last.dataset.facts.splits == {"train": 1297, "test": 500}
     heard = sets.Heard()
     heard.reporter.want("drain")
-    trainer.carry_out(order, heard.reporter)
+    process.carry_out(order, heard.reporter)
     assert [message.outcome for message in heard.of(Finished)] == ["drained"]
 
 
@@ -297,14 +298,14 @@ def test_a_run_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[st
         Image.fromarray(image).save(path)
     (tmp_path / "spec.json").write_text(json.dumps(sets.spec()))
     given = ["run", str(tmp_path / "spec.json"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
-    assert trainer.run(trainer._arguments([*given, "--threads", "1"])) == 0
+    assert local.run(__main__.arguments([*given, "--threads", "1"])) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[-1]["type"] == "finished"
     assert {"planned", "metrics", "event", "progress"} <= {line["type"] for line in lines}
     made = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
     assert made == {"model.safetensors", "config.json", "README.md", "metrics.json"}
     (tmp_path / "spec.json").write_text("{not json")
-    assert trainer.run(trainer._arguments(given)) == 1
+    assert local.run(__main__.arguments(given)) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["fault"] == "user"
 
 

@@ -18,8 +18,9 @@ from app.domain.datasets import DatasetFacts
 from app.domain.errors import ResourceFault, SystemFault
 from app.domain.spec import Spec
 from tests.worker import sets
-from worker import assembly, checkpoint, trainer
+from worker import checkpoint
 from worker.report import Event, Failed, Finished, Order, Planned, Saved
+from worker.trainer import assembly, training
 
 pytestmark = pytest.mark.worker
 
@@ -76,7 +77,7 @@ class Budget:
             made.objective.forward = limited
             return made
 
-        monkeypatch.setattr(trainer, "assemble", assemble)
+        monkeypatch.setattr(training, "assemble", assemble)
 
 
 PAIRS = {"training": {"batch_size": 32, "precision": "float32", "checkpoint_every": 2, "epochs": 1}}

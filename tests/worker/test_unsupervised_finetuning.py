@@ -13,11 +13,11 @@ from app.domain.errors import UserFault
 from app.domain.spec import Training
 from tests.worker import sets
 from worker import catalogue
-from worker.assembly import Assembly, assemble
 from worker.parts import backbones, optim
 from worker.parts.export import Card, export
 from worker.recipe import PretrainParams, Recipe
 from worker.report import BaseModelInput, Finished, Order
+from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
 METHODS = [recipe for recipe in catalogue.recipes().values() if recipe.kind == "pretrain"]

@@ -190,7 +190,7 @@ def test_a_run_leaves_pictures_and_its_bound(digits: DatasetFacts, tmp_path: Pat
 
 
 def test_the_pixels_of_a_run_are_those_of_the_files(digits: DatasetFacts, tmp_path: Path) -> None:
-    from worker.assembly import assemble
+    from worker.trainer.assembly import assemble
 
     run = assemble(sets.order(sets.spec("vae"), digits, tmp_path), sets.Heard().reporter)
     batch = run.data.train.batch(torch.arange(4))

@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-import worker.warm
+import worker.supervisor.warm
 from app.domain.errors import SystemFault
 from tests.fakes import COMMAND
 from worker.report import Go, Limits, Order
-from worker.warm import KILLED, Trainer, Warm, clean_environment
+from worker.supervisor.warm import KILLED, Trainer, Warm, clean_environment
 
 pytestmark = pytest.mark.worker
 
@@ -103,7 +103,7 @@ def test_changed_code_brings_a_new_zygote_and_spares_who_is_running(
     old = start(warm, tmp_path / "1", steps=10_000, step_seconds=0.01)
     warm.refresh()
     assert catalogues.empty()  # nothing changed
-    monkeypatch.setattr(worker.warm, "code_signature", lambda: "edited")
+    monkeypatch.setattr(worker.supervisor.warm, "code_signature", lambda: "edited")
     warm.refresh()
     assert catalogues.get(timeout=20)
     new = start(warm, tmp_path / "2", steps=1)
@@ -184,7 +184,7 @@ def test_a_trainer_inherits_no_credentials(tmp_path: Path) -> None:
 def test_the_signature_of_the_code_follows_a_changed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "__path__", [str(tmp_path)])
     (tmp_path / "recipe.py").write_text("1")
-    before = worker.warm.code_signature()
-    assert worker.warm.code_signature() == before
+    before = worker.supervisor.warm.code_signature()
+    assert worker.supervisor.warm.code_signature() == before
     os.utime(tmp_path / "recipe.py", (1, 1))
-    assert worker.warm.code_signature() != before
+    assert worker.supervisor.warm.code_signature() != before

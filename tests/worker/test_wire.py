@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-import worker.wire
+import worker.supervisor.wire
 from worker.report import Event, Finished, Metrics, Planned, Progress, Wish
-from worker.warm import KILLED, Trainer
-from worker.wire import Wire
+from worker.supervisor.warm import KILLED, Trainer
+from worker.supervisor.wire import Wire
 
 pytestmark = pytest.mark.unit
 
@@ -109,7 +109,7 @@ def test_ticks_carry_what_is_wanted_and_a_poke_hurries_them(puppet: Puppet, wire
 def test_a_line_without_an_end_is_no_report(
     puppet: Puppet, wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker.wire, "LINE_BYTES", 1000)
+    monkeypatch.setattr(worker.supervisor.wire, "LINE_BYTES", 1000)
     one = wire()
     puppet.theirs.sendall(b"x" * 2000)
     until(lambda: one.verdict == "protocol")

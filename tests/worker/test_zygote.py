@@ -21,7 +21,7 @@ pytestmark = pytest.mark.worker
 
 
 class Client:
-    """A bare client of the protocol, independent of worker.warm."""
+    """A bare client of the protocol, independent of worker.supervisor.warm."""
 
     def __init__(self, folder: Path, command: tuple[str, ...] = COMMAND) -> None:
         self.folder = folder

@@ -12,7 +12,7 @@ from app.store import children, claims, datasets, models, tables
 from app.store.blobs import Stored
 from app.store.claims import Held
 from worker.report import Finished, MadeDataset, MadeFile
-from worker.stage import Scratch
+from worker.supervisor.stage import Scratch
 
 Store = Callable[[Path], Stored]
 

@@ -23,10 +23,10 @@ import torch
 from pydantic import BaseModel
 
 from app.domain.errors import DataFault, Failure, JobFault, ResourceFault, SystemFault, UserFault
-from worker.lifeline import die_with_parent, exit_if_orphan
 from worker.parts import distributed
 from worker.parts.tuning import Plan
 from worker.report import Failed, Order, Reporter
+from worker.trainer.lifeline import die_with_parent, exit_if_orphan
 
 COMMAND = (sys.executable, "-P", "-m", "worker.trainer", "rank")
 GRACE_SECONDS = 10.0  # for the first process to notice by itself that it lost another

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 
 from worker import loop
-from worker.assembly import Assembly, assemble, start
 from worker.checkpoint import Checkpoints, Contents, size_bytes
 from worker.parts.tuning import Plan
 from worker.recipe import Progress
 from worker.report import Order, Reporter
+from worker.trainer.assembly import Assembly, assemble, start
 
 WARM_STEPS = 3
 STEPS = 20

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from worker.deaths import Verdict
 from worker.report import (
     Failed,
     Finished,
@@ -31,7 +30,8 @@ from worker.report import (
     Wish,
     read_report,
 )  # fmt: skip
-from worker.warm import Trainer
+from worker.supervisor.deaths import Verdict
+from worker.supervisor.warm import Trainer
 
 LINE_BYTES = 64 * 2**20  # a report of an ingest may name a hundred thousand bad files
 BACKLOG = 10_000

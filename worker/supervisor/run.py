@@ -24,9 +24,6 @@ from app.store import checkpoints, claims, tables
 from app.store.blobs import Blobs, Stored
 from app.store.claims import Fenced, Held
 from app.store.session import transaction
-from worker import publish
-from worker.deaths import Verdict, failure_of_death, failure_of_supervisor, oom_kills
-from worker.lease import Lease, is_outage
 from worker.report import (
     Event,
     Failed,
@@ -38,10 +35,13 @@ from worker.report import (
     Saved,
     Wish,
 )  # fmt: skip
-from worker.slots import Seat, Slots
-from worker.stage import Scratch, Staged, stage
-from worker.warm import Trainer, Warm
-from worker.wire import Wire
+from worker.supervisor import publish
+from worker.supervisor.deaths import Verdict, failure_of_death, failure_of_supervisor, oom_kills
+from worker.supervisor.lease import Lease, is_outage
+from worker.supervisor.slots import Seat, Slots
+from worker.supervisor.stage import Scratch, Staged, stage
+from worker.supervisor.warm import Trainer, Warm
+from worker.supervisor.wire import Wire
 
 log = structlog.get_logger(__name__)
 

@@ -22,7 +22,7 @@ from app.domain.errors import SystemFault
 log = structlog.get_logger(__name__)
 
 Published = dict[str, list[dict[str, Any]]]
-COMMAND = (sys.executable, "-P", "-m", "worker.zygote")  # -P: nothing is imported from the current folder
+COMMAND = (sys.executable, "-P", "-m", "worker.trainer.zygote")  # -P: nothing is imported from the current folder
 ANSWER_SECONDS = 30.0
 KILLED = -int(signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Measure what `auto` depends on, on this host: `python -m worker.tune --cache FOLDER`, one line of JSON per finding.
+"""Measure what `auto` depends on, on this host: `python -m worker.trainer.tune --cache FOLDER` prints lines of JSON.
 
 A small convolutional network, a perceptron and a small transformer take real steps (forward under autocast, backward,
 fused optimiser) on one random batch, in every precision, memory format and number of threads that a plan may choose.
@@ -154,7 +154,7 @@ def _plan(way: Way, hardware: Hardware) -> Plan:
 
 def main(arguments: Sequence[str] | None = None, *, rate: Rate = rate_of) -> int:
     """Measure, print each row, write the memo, print where."""
-    parser = argparse.ArgumentParser(prog="python -m worker.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m worker.trainer.tune", description=__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="the folder that the jobs of this host share")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="the most that a job may use")
     parser.add_argument("--seconds", type=float, default=SECONDS)

@@ -15,9 +15,10 @@ from app.domain.datasets import DatasetFacts
 from app.domain.errors import Invalid, JobFault, UserFault
 from app.domain.recipes import Published
 from app.domain.spec import Architecture, Spec
-from worker import catalogue, orchestration
+from worker import catalogue
 from worker.parts import architectures
 from worker.report import BaseModelInput, Event, Failed, Finished, Message, Order, Progress, Reporter
+from worker.trainer import orchestration
 
 CHILDREN = "children"
 DATASET, MODEL = f"ds_{'0' * 26}", f"mdl_{'0' * 26}"  # what a run without a server starts from has no id of its own

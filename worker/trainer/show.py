@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from worker import evaluate
-from worker.assembly import Assembly, picture_rows
 from worker.data.source import part
 from worker.parts import compute, pictures
 from worker.parts.neighbours import unit
@@ -15,6 +14,7 @@ from worker.parts.seed import derive, reseed
 from worker.parts.tuning import PROBE_ROWS, Plan
 from worker.report import MadeFile, Reporter
 from worker.ticker import Ticker
+from worker.trainer.assembly import Assembly, picture_rows
 
 MAP = "embedding.png"
 FEWEST_ROWS = 64  # of a map; fewer discs show little

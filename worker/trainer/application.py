@@ -16,8 +16,6 @@ from app.domain.chosen import too_many
 from app.domain.datasets import SPLITS, DatasetFacts
 from app.domain.errors import UserFault
 from worker import catalogue
-from worker.announce import announce
-from worker.assembly import Network, choose_device, choose_network, fits, read_spec, start_backbone
 from worker.data import features
 from worker.data.encoded import in_bytes
 from worker.data.images import Images, Streamed, open_images
@@ -31,6 +29,8 @@ from worker.parts.tuning import Plan
 from worker.recipe import Context, Info, Recipe, Result, Samples
 from worker.report import Finished, MadeFile, Metrics, Order, Reporter
 from worker.ticker import Ticker
+from worker.trainer.announce import announce
+from worker.trainer.assembly import Network, choose_device, choose_network, fits, read_spec, start_backbone
 
 Work = Callable[[str, int, int], None]
 

@@ -12,10 +12,10 @@ from typing import Any
 from app.domain.errors import UserFault
 from app.domain.spec import Architecture, Spec
 from worker import catalogue
-from worker.assembly import read_spec
 from worker.parts import architectures
 from worker.recipe import Child, Facts
 from worker.report import Finished, MadeFile, Metrics, Order, Progress, Reporter
+from worker.trainer.assembly import read_spec
 
 MAX_CHILDREN = 1000
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")

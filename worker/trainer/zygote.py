@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from worker.lifeline import die_with_parent
+from worker.trainer.lifeline import die_with_parent
 
 Main = Callable[[str, socket.socket], int]
 Published = dict[str, list[dict[str, Any]]]
@@ -39,12 +39,12 @@ def main(arguments: list[str]) -> int:
     """Serve the real trainer."""
     control = socket.socket(fileno=int(arguments[0]))
     published = prepare()
-    from worker import trainer
+    from worker.trainer import process
 
     if "--device" in arguments:
         warm_device()
-        return serve_once(control, trainer.main)
-    return serve(control, trainer.main, published)
+        return serve_once(control, process.main)
+    return serve(control, process.main, published)
 
 
 def prepare() -> Published:

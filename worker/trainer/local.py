@@ -1,0 +1,118 @@
+"""A run with no server: from a spec and a folder of images to the files of its model."""
+
+import argparse
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from app.domain.errors import JobFault, UserFault
+from app.domain.models import ModelConfig
+from app.domain.presets import laid_under, refused_preset
+from worker import catalogue, ingest
+from worker.ingest.dataset import LIMITS
+from worker.report import BaseModelInput, Failed, Finished, Message, Order, Reporter
+from worker.trainer import alone
+from worker.trainer.process import carry_out
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train from a spec and a folder of images, with no server; progress as JSON lines on stdout."""
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    scratch, cache = out / ".work", Path(arguments.cache).expanduser() if arguments.cache else out / ".cache"
+
+    def listener(message: Message) -> None:
+        print(message.model_dump_json(), flush=True)
+
+    reporter = Reporter(listener=listener)
+    threads = arguments.threads or max(1, torch.get_num_threads() // (arguments.processes or 1))
+    try:
+        spec = json.loads(Path(arguments.spec).read_text(encoding="utf-8"))
+        if not isinstance(spec, dict):
+            raise UserFault(f"{arguments.spec} is not a JSON object.", code="invalid_spec")
+        model = local_model(Path(arguments.model)) if arguments.model else None
+        data = scratch / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        if arguments.data.startswith("builtin:"):
+            dataset = ingest.ingest_builtin(
+                arguments.data.removeprefix("builtin:"), data, cache, reporter=reporter, threads=threads
+            )
+        else:
+            dataset = ingest.ingest_folder(arguments.data, data, reporter=reporter, threads=threads)
+        order = local_order(spec, dataset.facts, scratch, cache, threads=threads, device=arguments.device, model=model)
+    except JobFault as fault:
+        reporter.send(Failed(error=fault.failure("ingest")))
+        return 1
+    except (OSError, json.JSONDecodeError) as error:
+        reporter.send(Failed(error=UserFault(f"{arguments.spec}: {error}", code="invalid_spec").failure("read")))
+        return 1
+    order = order.model_copy(update={"processes": arguments.processes})
+    finished: list[Finished] = []
+    kept = Reporter(
+        listener=lambda message: finished.append(message) if isinstance(message, Finished) else listener(message)
+    )
+    with _stopped_by_interrupt(kept):
+        code = alone.carry_out(order, kept, carry_out)
+    for last in finished:
+        made = (*last.files, *(last.model.files if last.model else ()))
+        for file in made:
+            shutil.copyfile(scratch / file.file, out / file.name)
+        listener(last)
+    if (scratch / alone.CHILDREN).is_dir():
+        shutil.copytree(scratch / alone.CHILDREN, out / alone.CHILDREN, dirs_exist_ok=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return code
+
+
+@contextlib.contextmanager
+def _stopped_by_interrupt(reporter: Reporter) -> Iterator[None]:
+    """Take Ctrl-C as the wish to stop, which keeps the best model so far; a second one ends the process."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        reporter.want("stop")
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def local_order(
+    spec: dict[str, Any], facts: Any, scratch: Path, cache: Path, *, threads: int, device: str = "cpu",
+    model: BaseModelInput | None = None,
+) -> Order:  # fmt: skip
+    """Make the order of a run without a server."""
+    found = catalogue.recipe(str(spec.get("recipe")))
+    if (refused := refused_preset(spec, found.name)) is not None:
+        raise UserFault(f"training.preset: {refused.message}", code="preset")
+    body = laid_under(spec, found.name, found.defaults)
+    return Order(
+        job="job_local", attempt=1, kind=found.kind, recipe=found.name, spec=body, dataset=facts, scratch=str(scratch),
+        cache=str(cache), cache_bytes=50 * 2**30, threads=threads, device=device, limits=LIMITS, model=model,
+    )  # fmt: skip
+
+
+def local_model(folder: Path) -> BaseModelInput:
+    """Take the files of a model, as a job or a download leaves them, to start from without a server.
+
+    Raises:
+        UserFault: a file is missing, or its description cannot be read.
+    """
+    weights, described = folder / "model.safetensors", folder / "config.json"
+    try:
+        config = ModelConfig.model_validate_json(described.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UserFault(f"{described} does not describe a model: {error}", code="no_such_model") from error
+    if not weights.is_file():
+        raise UserFault(f"There is no file {weights}.", code="no_such_model")
+    return BaseModelInput(id="mdl_local", config=config, weights=str(weights))

@@ -1,0 +1,133 @@
+"""A job that trains, from its order to the files of its model; also as one of several processes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from app.domain.errors import JobFault
+from worker import evaluate, loop
+from worker.checkpoint import Checkpoints, Contents
+from worker.loop import Result
+from worker.parts import distributed
+from worker.parts.export import Card, export
+from worker.parts.tuning import Plan
+from worker.report import Finished, MadeModel, Metrics, Order, Reporter
+from worker.ticker import Ticker
+from worker.trainer import ranks, show
+from worker.trainer.announce import announce
+from worker.trainer.assembly import Assembly, assemble, start
+from worker.trainer.trouble import is_out_of_memory, translated, with_less_memory
+
+
+def train(order: Order, reporter: Reporter) -> Finished:
+    """Train as ordered; after running out of memory in a way that takes less, from the last checkpoint."""
+    newest = Path(order.checkpoint) if order.checkpoint else None
+    checkpoints = Checkpoints(Path(order.scratch), reporter, newest=newest)
+    first = plan = plan_of(order, checkpoints)
+    while True:
+        made = assemble(order, reporter, plan=plan)
+        plan = made.plan
+        announce(plan, made.device, order, reporter, first=first)
+        try:
+            made = start(made, order, reporter)
+            with ranks.together(order, plan, checkpoints.newest, reporter):
+                result = loop.train(
+                    made.objective, made.data, made.spec.training, plan, made.device, reporter, checkpoints,
+                    kind=made.recipe.kind,
+                )  # fmt: skip
+            return _finish(made, result, order, reporter)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            plan = with_less_memory(made, error, reporter)
+
+
+class _NotMine(Checkpoints):
+    """The checkpoints of a run whose first process writes them."""
+
+    def save(self, contents: Contents, **_: Any) -> None:
+        """Leave it to the first process."""
+
+
+def follow(told: ranks.Told, ready: Callable[[], None]) -> None:
+    """Train beside the first process of a run, from the same plan and checkpoint."""
+    order, plan, reporter = told.order, told.plan, Reporter()
+    if plan.device == "cuda":
+        torch.cuda.set_device(told.rank)
+        order = order.model_copy(update={"device": f"cuda:{told.rank}"})
+    newest = Path(order.checkpoint) if order.checkpoint else None
+    try:
+        made = start(assemble(order, reporter, plan=plan), order, reporter)
+        ready()
+        with distributed.joined(Path(told.store), told.rank, plan.world_size, plan.device):
+            loop.train(
+                made.objective, made.data, made.spec.training, plan, made.device, reporter,
+                _NotMine(Path(order.scratch), reporter, newest=newest), kind=made.recipe.kind,
+            )  # fmt: skip
+    except JobFault:
+        raise
+    except Exception as error:
+        raise translated(error, reporter) from error
+
+
+def plan_of(order: Order, checkpoints: Checkpoints) -> Plan | None:
+    """Give the plan to use again: the checkpoint's, which may have been halved since the first attempt's."""
+    saved = checkpoints.load()
+    if saved is not None:
+        return Plan.model_validate(saved.state["plan"])
+    return Plan.model_validate(order.plan) if order.plan is not None else None
+
+
+def _finish(made: Assembly, result: Result, order: Order, reporter: Reporter) -> Finished:
+    """Evaluate on the test split, show, export."""
+    if result.outcome not in ("succeeded", "stopped"):
+        return Finished(outcome=result.outcome, metrics=result.metrics, best=result.best)
+    scratch, metrics = Path(order.scratch), dict(result.metrics)
+    details: dict[str, Any] = {}
+    for split, source in (("validation", made.data.validation), ("test", made.data.test)):
+        if source is None or (split == "validation" and made.recipe.kind == "pretrain"):
+            continue
+        # The test figures are those of the weights as their user runs them, in plain float32: bf16 moves a few samples
+        # in ten thousand over a boundary.
+        plan = made.plan.model_copy(update={"precision": "float32"}) if split == "test" else made.plan
+        ticker = Ticker(reporter, f"evaluate {split}", fraction=1.0)
+        found = evaluate.outputs(made.objective, source, made.data, plan, made.device, ticker)
+        numbers = {f"{split}/{name}": value for name, value in evaluate.measure(found).items()}
+        metrics |= numbers
+        details[split] = evaluate.details(found, made.info.classes)
+        if split == "test":
+            reporter.send(Metrics(rows=tuple((name, result.step, value) for name, value in numbers.items())))
+    files = show.drawn(made, scratch, reporter)
+    model = _export(made, scratch, metrics, details, order)
+    summary: dict[str, Any] = {
+        "ended_by": result.ended_by, "steps": result.step, "epochs": result.epoch,
+        "seconds": round(result.seconds, 2), "samples_per_second": round(result.samples_per_second, 1),
+        "labels": {"train": int((made.data.train.labels >= 0).sum())} if made.recipe.requires.labels else {},
+        **details,
+    }  # fmt: skip
+    if made.recipe.requires.labels and made.data.validation is not None:
+        summary["labels"]["validation"] = int((made.data.validation.labels >= 0).sum())
+    return Finished(
+        outcome=result.outcome, result=summary, metrics=metrics, best=result.best, files=tuple(files), model=model
+    )
+
+
+def _export(
+    made: Assembly, scratch: Path, metrics: dict[str, float | None], details: dict[str, Any], order: Order
+) -> MadeModel:
+    objective = cast(Any, made.objective)
+    facts = {
+        "recipe": f"{made.recipe.name} {made.recipe.version}",
+        "dataset": made.facts.id,
+        "training samples": f"{len(made.data.train)}",
+        "started from": made.network.source,
+        "job": order.job,
+        "seed": str(made.spec.training.seed),
+    }
+    title = made.spec.name or f"{made.recipe.name} on {made.facts.id}"
+    return export(
+        scratch, objective.backbone, getattr(objective, "head", None), config=made.config(), card=Card(title, facts),
+        metrics=metrics, details=details,
+    )  # fmt: skip

@@ -1,0 +1,77 @@
+"""What goes wrong while training: less memory where that helps, and a name for what nobody foresaw."""
+
+import traceback
+from typing import Any, cast
+
+import torch
+
+from app.domain.errors import JobFault, ResourceFault, SystemFault
+from worker.disk import is_full
+from worker.parts.tuning import Plan
+from worker.report import Reporter
+from worker.trainer import measure
+from worker.trainer.assembly import Assembly
+
+TRACE_LINES = 30
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+def with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Plan:
+    """Halve the micro-batch, where that is the same computation but for batch norm; else keep fewer activations.
+
+    Raises:
+        ResourceFault: neither is left to do; the hint says what would fit.
+    """
+    plan = made.plan
+    micro = plan.batch_size // plan.accumulate
+    each = plan.world_size  # processes that share it
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()
+    if bool(cast(Any, made.objective).couples_batch):
+        if not plan.checkpoint_activations:
+            reporter.event(
+                "memory.activations_recomputed",
+                f"Out of memory: the loss of {made.recipe.name} ties the {micro} samples of a batch together, so it is "
+                "not split; activations are computed a second time instead of being kept, which takes about a third "
+                "longer.", level="warning", batch_size=micro,
+            )  # fmt: skip
+            why = {**plan.reasons, "checkpoint_activations": f"a batch of {micro} did not fit into memory without"}
+            return plan.model_copy(update={"checkpoint_activations": True, "compile": False, "reasons": why})
+        fits = measure.largest_batch(made, micro // 2 // each)
+        raise ResourceFault(
+            f"A batch of {micro} does not fit into memory even when activations are computed twice, and it is not "
+            f"split, because the loss of {made.recipe.name} ties its samples together.", code="out_of_memory",
+            hint=f"Set training.batch_size to {fits * each}." if fits else "Use a smaller network or smaller images.",
+        ) from error  # fmt: skip
+    if micro == each or micro % (2 * each):
+        raise ResourceFault(
+            f"A micro-batch of {micro} does not fit into memory.", code="out_of_memory",
+            hint=f"Set training.batch_size to {2 * (plan.batch_size // 2)} or less." if micro > each
+            else "Use a smaller network or smaller images.",
+        ) from error  # fmt: skip
+    reporter.event(
+        "memory.micro_batch_halved",
+        f"Out of memory: each batch of {plan.batch_size} now goes in parts of {micro // 2} whose gradients add up. "
+        "Batch norm sees the smaller parts.", level="warning", micro_batch=micro // 2,
+    )  # fmt: skip
+    why = {**plan.reasons, "accumulate": f"a micro-batch of {micro} did not fit into memory"}
+    return plan.model_copy(update={"accumulate": plan.accumulate * 2, "reasons": why})
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error).lower() for text in _OUT_OF_MEMORY
+    )
+
+
+def translated(error: Exception, reporter: Reporter) -> JobFault:
+    """Class what nobody foresaw; the end of the trace goes into the job's log."""
+    if is_full(error):
+        return ResourceFault(
+            f"The disk of the worker is full: {error}.", code="disk_full", hint="Free some space, then /retry."
+        )
+    if is_out_of_memory(error):
+        return ResourceFault(f"Out of memory: {error}", code="out_of_memory", hint="Use a smaller network or images.")
+    trace = "".join(traceback.format_exception(error)).splitlines()[-TRACE_LINES:]
+    reporter.event("trainer.crashed", f"{type(error).__name__}: {error}", level="error", trace=trace)
+    return SystemFault(f"The trainer crashed: {type(error).__name__}: {error}", code="crash")
