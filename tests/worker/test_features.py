@@ -12,6 +12,7 @@ from tests.worker import sets
 from worker.data import features
 from worker.data.features import Features, cache_prefix
 from worker.data.shelf import Shelf
+from worker.report import Finished, Planned
 from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
@@ -43,6 +44,36 @@ def test_a_row_is_what_the_prefix_gives_to_the_nearest_bfloat16(made: Assembly, 
     torch.testing.assert_close(batch["prefix"], expected.float(), atol=0.02, rtol=0.02)
     assert torch.equal(batch["label"], made.data.train.labels[rows])
     assert len(found) == len(made.data.train)
+
+
+def test_a_network_that_autocast_computes_low_throughout_is_converted_once(
+    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = sets.spec(
+        model={"architecture": "resnet18", "image_size": 32}, params={"trainable": "head", "augmentation": "none"},
+        training={"precision": "bfloat16", "batch_size": 16, "epochs": 1},
+    )  # fmt: skip
+    made = assemble(sets.order(body, digits, tmp_path), sets.Heard().reporter)
+    before = cached(made, tmp_path / "once")
+    monkeypatch.setattr(features, "is_plain", lambda _: False)
+    cast_in_every_pass = cached(made, tmp_path / "always")
+    assert before is not None
+    assert cast_in_every_pass is not None
+    torch.testing.assert_close(before.values, cast_in_every_pass.values, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("trainable", ["head", "last:1"])
+def test_a_frozen_network_whose_last_maps_are_products_trains_from_its_cache(
+    trainable: str, digits: DatasetFacts, tmp_path: Path
+) -> None:
+    body = sets.spec(
+        model={"architecture": "resnet18", "image_size": 32}, params={"trainable": trainable, "augmentation": "none"},
+        training={"precision": "bfloat16", "batch_size": 64, "steps": 3},
+    )  # fmt: skip
+    heard, last = sets.carry_out(sets.order(body, digits, tmp_path))
+    assert isinstance(last, Finished), last
+    assert heard.of(Planned)[0].plan["small_map_products"]
+    assert "features.cached" in heard.codes()
 
 
 def test_views_take_turns_from_epoch_to_epoch(made: Assembly, tmp_path: Path) -> None:

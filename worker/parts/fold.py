@@ -26,7 +26,7 @@ def folded(network: nn.Module, sample: Tensor) -> nn.Module:
     pairs = _pairs(copied, sample)
     if not pairs:
         return network
-    with torch.inference_mode(), torch.autocast(sample.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(sample.device.type, enabled=False):
         expected = copied(sample)
         for convolution, norm in pairs:
             weight, bias = fuse_conv_bn_weights(
