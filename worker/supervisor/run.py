@@ -47,7 +47,7 @@ log = structlog.get_logger(__name__)
 
 Source = Literal["message", "poll"]
 
-FLUSH_SECONDS = 1.0
+FLUSH_SECONDS = 1.5
 FLUSH_BURST = 3.0  # the first lines of a run go out at once
 FLUSH_ROWS = 20_000
 CANCEL_GRACE_SECONDS = 3.0  # for the trainer to end by itself; nothing it makes would be kept
