@@ -18,7 +18,7 @@ from app.commands.tables import metrics
 def run(
     spec: Annotated[Path, typer.Argument(help="JSON file with the job; no `dataset` needed.")],
     data: Annotated[str, typer.Option(help="Folder or archive with the images, or builtin:NAME, as builtin:digits.")],
-    out: Annotated[Path, typer.Option(help="Where the weights go.")] = Path("tuneyard-run"),
+    out: Annotated[Path, typer.Option(help="Where the weights and result.json go.")] = Path("tuneyard-run"),
     model: Annotated[
         Path | None, typer.Option(help="Folder with the model.safetensors and config.json to start from or to use.")
     ] = None,
@@ -85,6 +85,7 @@ class LocalRun:
             case "finished":
                 self.job["metrics"] |= message["metrics"]
                 self.job["status"] = message["outcome"]
+                return (message.get("result") or {}).get("sentence")
             case "failed":
                 self.job |= {"status": "failed", "error": _public(message["error"])}
         return None

@@ -156,6 +156,9 @@ def test_a_local_run_is_shown_as_a_job() -> None:
     view.hear({"type": "metrics", "rows": [["train/loss", 1, 0.25], ["train/loss", 2, 0.125]]})
     assert view.hear({"type": "event", "code": "x", "message": "plan made", "level": "info", "data": {}}) == "plan made"
     assert job_line(view.job) == "spec  running  train  50%  1/2  loss 0.125"
+    finished = {"type": "finished", "outcome": "succeeded", "metrics": {}}
+    assert view.hear({**finished, "result": {"sentence": "It pays."}}) == "It pays."
+    assert view.hear({**finished, "result": None}) is None
     view.hear({"type": "failed", "error": {"fault": "user", "code": "c", "message": "m", "hint": None}})
     assert view.job["status"] == "failed"
     assert view.job["error"]["class"] == "user"

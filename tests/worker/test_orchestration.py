@@ -199,6 +199,7 @@ def test_the_command_runs_it_and_keeps_what_the_children_made(tmp_path: Path) ->
     )
     assert local.run(arguments) == 0
     assert (out / "tree.txt").read_text() == "0.0 0.1"
+    assert json.loads((out / "result.json").read_text())["outcome"] == "succeeded"
     assert (out / "children" / "0.1" / "model.safetensors").is_file()
     assert not (out / ".work").exists()
 

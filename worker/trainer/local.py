@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         made = (*last.files, *(last.model.files if last.model else ()))
         for file in made:
             shutil.copyfile(scratch / file.file, out / file.name)
+        said = last.model_dump(mode="json", include={"outcome", "result", "metrics"})
+        (out / "result.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         listener(last)
     if (scratch / alone.CHILDREN).is_dir():
         shutil.copytree(scratch / alone.CHILDREN, out / alone.CHILDREN, dirs_exist_ok=True)
