@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from app.domain.datasets import DatasetFacts
+from app.domain.datasets import DatasetFacts, Split
 from app.domain.models import ModelConfig
 from app.domain.spec import Spec
 
@@ -20,6 +20,8 @@ from app.domain.spec import Spec
 Batch = dict[str, Tensor]
 Kind = Literal["pretrain", "finetune", "apply"]
 Width = Annotated[int, Field(ge=1, le=16384)]
+# What a recipe that uses a model looks at; None is every split.
+Splits = Annotated[tuple[Split, ...], Field(min_length=1)] | None
 
 
 class Params(BaseModel):

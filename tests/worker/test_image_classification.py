@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from app.domain.errors import UserFault
-from worker.finetune.image_classification import RECIPE, ClassificationParams, build, inputs
+from worker.finetune.image_classification import RECIPE, ClassificationParams, Classifier, inputs
 from worker.parts.architectures import facts
 from worker.parts.backbones import build_backbone
 from worker.recipe import Info, Progress
@@ -22,7 +22,7 @@ def make(architecture="resnet18", *, class_counts=(8, 8, 8), size=16, **params) 
         task="image_classification", classes=("a", "b", "c"), samples=24, channels=3, image_size=size,
         feature_dimension=backbone.dimension, architecture=FACTS[architecture], class_counts=class_counts,
     )  # fmt: skip
-    return build(ClassificationParams.model_validate(params), backbone, info), info
+    return Classifier(ClassificationParams.model_validate(params), backbone, info), info
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def made(noise: float, corruption: str = "mask") -> autoencoder.Autoencoder:
         architecture=next(row["facts"] for row in facts() if row["name"] == "small_cnn"),
     )  # fmt: skip
     params = autoencoder.AutoencoderParams.model_validate({"noise": noise, "corruption": corruption})
-    return autoencoder.build(params, backbone, info)
+    return autoencoder.Autoencoder(params, backbone, info)
 
 
 def test_masking_hides_whole_pixels_in_the_right_share() -> None:

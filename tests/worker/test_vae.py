@@ -35,7 +35,7 @@ def made(
         feature_dimension=backbone.dimension, architecture=about, mean=mean,
         std=std,
     )  # fmt: skip
-    return vae.build(vae.VaeParams.model_validate(params), backbone, info)
+    return vae.Vae(vae.VaeParams.model_validate(params), backbone, info)
 
 
 def drawn_pixels(count: int, *, size: int = 8) -> tuple[Tensor, Tensor]:

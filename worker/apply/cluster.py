@@ -10,14 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from app.domain.datasets import Split
 from worker.data import table
 from worker.parts import pictures
 from worker.parts.clustering import agreement
 from worker.parts.kmeans import KMeans, kmeans
 from worker.parts.neighbours import unit
 from worker.parts.seed import generator
-from worker.recipe import Context, Params, Recipe, Requires, Result, Samples
+from worker.recipe import Context, Params, Recipe, Requires, Result, Samples, Splits
 
 FILE, SHEET = "clusters.parquet", "clusters.png"
 SILHOUETTE_ROWS = 2000
@@ -34,9 +33,7 @@ class ClusterParams(Params):
     )
     starts: int = Field(default=4, ge=1, le=50, description="Runs from other starts; the least inertia is kept.")
     normalise: bool = Field(default=True, description="Scale features to length one first, so that directions count.")
-    splits: tuple[Split, ...] | None = Field(
-        default=("train",), min_length=1, description="Which splits; null is every split."
-    )
+    splits: Splits = Field(default=("train",), description="Which splits; null is every split.")
 
 
 @dataclass(frozen=True)

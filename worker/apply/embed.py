@@ -5,12 +5,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from app.domain.datasets import Split
 from app.domain.errors import UserFault
 from worker.data import table
 from worker.parts import metrics
 from worker.parts.projection import principal_components
-from worker.recipe import Context, Params, Recipe, Requires, Result
+from worker.recipe import Context, Params, Recipe, Requires, Result, Splits
 
 FILE = "embedding.parquet"
 MEASURED_ROWS = 2000
@@ -19,7 +18,7 @@ MEASURED_ROWS = 2000
 class EmbedParams(Params):
     """Which samples, and in what form."""
 
-    splits: tuple[Split, ...] | None = Field(default=None, min_length=1, description="Which splits; null is all.")
+    splits: Splits = Field(default=None, description="Which splits; null is all.")
     components: int | None = Field(
         default=None, ge=1, le=4096,
         description="Project to this many principal components of the chosen samples; null keeps the features.",

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from app.domain.datasets import SPLITS, Split
+from app.domain.datasets import SPLITS
 from app.domain.errors import UserFault
 from worker.data import table
 from worker.parts import pictures
@@ -16,7 +16,7 @@ from worker.parts.kmeans import kmeans
 from worker.parts.neighbours import unit
 from worker.parts.projection import principal_components
 from worker.parts.seed import derive, generator
-from worker.recipe import Context, Params, Recipe, Requires, Result, Samples
+from worker.recipe import Context, Params, Recipe, Requires, Result, Samples, Splits
 
 FILE, PICTURE = "map.parquet", "map.png"
 BEFORE_TSNE = 50  # principal components that t-SNE starts from (van der Maaten, Hinton 2008, section 4.2)
@@ -39,9 +39,7 @@ class MapParams(Params):
         default="auto", description="What a colour means; `auto` is the label, or the cluster where there is no label."
     )
     clusters: int = Field(default=10, ge=2, le=100, description="How many, where colours mean clusters.")
-    splits: tuple[Split, ...] | None = Field(
-        default=None, min_length=1, description="Which splits; null is every split."
-    )
+    splits: Splits = Field(default=None, description="Which splits; null is every split.")
 
 
 def apply(context: Context) -> Result:

@@ -6,12 +6,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from app.domain.datasets import SPLITS, Split
+from app.domain.datasets import SPLITS
 from app.domain.errors import UserFault
 from worker.data import table
 from worker.parts import pictures
 from worker.parts.neighbours import Nearest, nearest
-from worker.recipe import Context, Params, Recipe, Requires, Result, Samples
+from worker.recipe import Context, Params, Recipe, Requires, Result, Samples, Splits
 
 FILE, SHEET = "neighbours.parquet", "neighbours.png"
 ROWS_SHOWN, COLUMNS_SHOWN = 24, 12
@@ -26,9 +26,7 @@ class NeighboursParams(Params):
         default=None, min_length=1, max_length=10_000,
         description="Numbers of the samples to ask for, as the dataset lists them; null is all of the splits.",
     )  # fmt: skip
-    splits: tuple[Split, ...] | None = Field(
-        default=None, min_length=1, description="Where neighbours are looked for; null is every split."
-    )
+    splits: Splits = Field(default=None, description="Where neighbours are looked for; null is every split.")
 
 
 def apply(context: Context) -> Result:

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from app.domain.datasets import SPLITS, Split
+from app.domain.datasets import SPLITS
 from worker.data import table
 from worker.parts import pictures
 from worker.parts.neighbours import Pairs, distances, local_outlier_factor, nearest, pairs_above
-from worker.recipe import Context, Params, Recipe, Requires, Result, Samples
+from worker.recipe import Context, Params, Recipe, Requires, Result, Samples, Splits
 
 FILE, PAIRS, REPORT = "outliers.parquet", "duplicates.parquet", "report.json"
 SHEET, PAIRS_SHEET = "outliers.png", "duplicates.png"
@@ -34,9 +34,7 @@ class OutliersParams(Params):
     duplicate_similarity: float = Field(
         default=0.98, ge=0.5, le=0.9999, description="Cosine of centred features from which two samples are a pair."
     )
-    splits: tuple[Split, ...] | None = Field(
-        default=None, min_length=1, description="Which splits are looked at together; null is every split."
-    )
+    splits: Splits = Field(default=None, description="Which splits are looked at together; null is every split.")
 
 
 def apply(context: Context) -> Result:

@@ -6,14 +6,14 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from app.domain.datasets import SPLITS, Split
+from app.domain.datasets import SPLITS
 from app.domain.errors import UserFault
 from worker.data import table
 from worker.parts import pictures
 from worker.parts.neighbours import unit
 from worker.parts.seed import generator
 from worker.parts.selection import Selected, farthest_first, typical
-from worker.recipe import Context, Params, Recipe, Requires, Result, Samples
+from worker.recipe import Context, Params, Recipe, Requires, Result, Samples, Splits
 
 FILE, SHEET = "selected.parquet", "selected.png"
 LISTED, SHOWN, COLUMNS = 200, 120, 12
@@ -29,9 +29,7 @@ class SelectParams(Params):
         "`coreset`: what lies farthest from all labels, for many (Sener and Savarese 2018).",
     )  # fmt: skip
     neighbours: int = Field(default=20, ge=1, le=500, description="That typicality looks at, within a cluster.")
-    splits: tuple[Split, ...] | None = Field(
-        default=("train",), min_length=1, description="Where to choose from; null is every split."
-    )
+    splits: Splits = Field(default=("train",), description="Where to choose from; null is every split.")
 
 
 def apply(context: Context) -> Result:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from app.domain.errors import UserFault
 from worker.data.mirror import alternating
-from worker.data.policy import Augment, View, mix, policy
+from worker.data.policy import Augment, Level, View, mix, policy
 from worker.data.rand_augment import BINS, RandAugment, beside
 from worker.parts.backbones import Stage, stage_modules
 from worker.parts.heads import build_head
@@ -42,7 +42,7 @@ class ClassificationParams(Params):
         default=1.0, gt=0, le=1, description="Multiplies the learning rate once per stage away from the head."
     )
     head: Head = Field(default=Head(), description="What stands between the features and the classes.")
-    augmentation: Literal["none", "light", "standard", "strong"] | None = Field(
+    augmentation: Level | None = Field(
         default=None,
         description="null: `none` with `head` and `last:N`, whose frozen part is computed once; else light.",
     )
@@ -71,7 +71,7 @@ class ClassificationParams(Params):
     )
 
     @property
-    def level(self) -> Literal["none", "light", "standard", "strong"]:
+    def level(self) -> Level:
         """The augmentation in force."""
         if self.augmentation is not None:
             return self.augmentation
@@ -214,11 +214,6 @@ def _class_weights(counts: Sequence[int]) -> Tensor:
     return torch.where(seen, numbers.sum() / (numbers.clamp(min=1) * seen.sum()), 0.0)
 
 
-def build(params: ClassificationParams, backbone: nn.Module, info: Info) -> Classifier:
-    """Put a head on the backbone and freeze what is not to train."""
-    return Classifier(params, backbone, info)
-
-
 def inputs(params: ClassificationParams, info: Info) -> Any:
     """Augment, then mix; None when there is nothing to do, so that a frozen prefix needs one pass only."""
     view = policy(params.level, image_size=info.image_size, channels=info.channels)
@@ -252,6 +247,6 @@ RECIPE = Recipe(
     tasks=("image_classification",),
     Params=ClassificationParams,
     requires=Requires(labels=True, min_samples=2, min_classes=2),
-    build=build,
+    build=Classifier,
     inputs=inputs,
 )

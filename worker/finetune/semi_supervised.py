@@ -8,7 +8,7 @@ of samples and the loss is the sum of both terms (arXiv 2001.07685, section 2.2)
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from app.domain.errors import UserFault
 from app.domain.spec import Training
-from worker.data.policy import Augment, View, policy
+from worker.data.policy import Augment, Level, View, policy
 from worker.data.rand_augment import BINS, RandAugment, beside
 from worker.parts.backbones import stage_modules
 from worker.parts.fixmatch import consistency, mean_over
@@ -62,9 +62,7 @@ class SemiSupervisedParams(Params):
     )  # fmt: skip
     weight: float = Field(default=1.0, ge=0, le=1000, description="Of the unsupervised loss; the paper's lambda_u.")
     head: Head = Field(default=Head(), description="What stands between the features and the classes.")
-    augmentation: Literal["none", "light", "standard", "strong"] = Field(
-        default="light", description="Of labelled images; with fixmatch that is the weak view."
-    )
+    augmentation: Level = Field(default="light", description="Of labelled images; with fixmatch that is the weak view.")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Part of the target spread over all classes.")
     backbone_learning_rate_scale: float = Field(
         default=1.0, gt=0, le=10, description="The backbone's learning rate as a part of the head's."

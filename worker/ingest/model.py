@@ -26,6 +26,7 @@ from worker.parts.families import AUXILIARY
 from worker.parts.networks import assemble, head_of, load_state, named_state
 from worker.parts.stock_networks import meta_parameters
 from worker.parts.weights import differences, normalisation
+from worker.recipe import Width
 from worker.report import MadeModel, Order, Reporter
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -40,7 +41,7 @@ ClassName = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 class HeadOptions(Strict):
     """Layers after the backbone, where the imported network has more than a linear one."""
 
-    hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=16384)], ...], Field(max_length=8)] = ()
+    hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = ()
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
 
 

@@ -1,6 +1,7 @@
 """The layers after a backbone: from features `[batch, d]` to `[batch, outputs]`, linear or with hidden layers."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -31,6 +32,16 @@ def build_head(
     if layers:
         return nn.Sequential(*layers, last)
     return nn.Sequential(nn.Dropout(dropout), last) if dropout else last
+
+
+def projector(*widths: int) -> nn.Sequential:
+    """Build a projector of these widths, [batch, first] to [batch, last]: linear layers without bias, and batch
+    norm and ReLU between them. Methods that compare views put it behind a backbone, and throw it away afterwards.
+    """
+    layers: list[nn.Module] = []
+    for before, width in pairwise(widths):
+        layers += [nn.Linear(before, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+    return nn.Sequential(*layers[:-2])  # the last layer stands alone
 
 
 def without_dropout(head: nn.Module) -> nn.Module:

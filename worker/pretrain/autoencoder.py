@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from worker.data.policy import augmented
+from worker.data.policy import Level, augmented
 from worker.parts.decoders import Decoder
-from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires, Width
 
 PICTURES = 8
 
@@ -22,8 +22,8 @@ PICTURES = 8
 class AutoencoderParams(PretrainParams):
     """The code and the damage."""
 
-    bottleneck: int | None = Field(
-        default=64, ge=1, le=16384, description="Width of the code; null reconstructs from the features themselves."
+    bottleneck: Width | None = Field(
+        default=64, description="Width of the code; null reconstructs from the features themselves."
     )
     noise: float = Field(
         default=0.25, ge=0, le=5,
@@ -31,9 +31,7 @@ class AutoencoderParams(PretrainParams):
         "0 is a plain autoencoder.",
     )  # fmt: skip
     corruption: Literal["mask", "gaussian"] = Field(default="mask", description="How the input is damaged.")
-    augmentation: Literal["none", "light", "standard", "strong"] = Field(
-        default="light", description="Of the image that is both damaged and reconstructed."
-    )
+    augmentation: Level = Field(default="light", description="Of the image that is both damaged and reconstructed.")
 
 
 class Autoencoder(nn.Module):
@@ -95,11 +93,6 @@ def inputs(params: AutoencoderParams, info: Info) -> Callable[[Batch, Generator]
     return augmented(params.augmentation, info)
 
 
-def build(params: AutoencoderParams, backbone: nn.Module, info: Info) -> Autoencoder:
-    """Put bottleneck and decoder behind the backbone."""
-    return Autoencoder(params, backbone, info)
-
-
 RECIPE = Recipe(
     name="autoencoder",
     kind="pretrain",
@@ -109,6 +102,6 @@ RECIPE = Recipe(
     Params=AutoencoderParams,
     requires=Requires(min_samples=2, min_batch=2),
     defaults={"training": {"epochs": 50, "weight_decay": 1e-4}},
-    build=build,
+    build=Autoencoder,
     inputs=inputs,
 )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from worker.data.pair import ViewParams, two_views
 from worker.parts import distributed
-from worker.recipe import Batch, Info, Progress, Recipe, Requires
+from worker.parts.heads import projector
+from worker.recipe import Batch, Info, Progress, Recipe, Requires, Width
 
 EPSILON = 1e-5  # on the variance, as in the batch norm that normalises the authors' embeddings
 
@@ -27,10 +28,10 @@ class BarlowTwinsParams(ViewParams):
     scale_loss: float = Field(
         default=0.024, gt=0, le=1000, description="Scales the whole loss; what Adam does hardly depends on it."
     )
-    projection_hidden: int | None = Field(
-        default=None, ge=1, le=16384,
+    projection_hidden: Width | None = Field(
+        default=None,
         description="Width of the two hidden layers; null is four times the features' width, at most 8192.",
-    )  # fmt: skip
+    )
     projection_dimension: int | None = Field(
         default=None, ge=2, le=16384,
         description="Width of the embedding; null is four times the features' width, at most 8192.",
@@ -62,11 +63,7 @@ class BarlowTwins(nn.Module):
         self.backbone, self._params = backbone, params
         wide = min(8192, 4 * info.feature_dimension)  # 8192 of 2048 in the paper
         hidden = params.projection_hidden or wide
-        self.projection = nn.Sequential(
-            nn.Linear(info.feature_dimension, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, params.projection_dimension or wide, bias=False),
-        )  # fmt: skip
+        self.projection = projector(info.feature_dimension, hidden, hidden, params.projection_dimension or wide)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002 (the contract's argument)
         z0, z1 = self.projection(self.backbone(batch["image"])).chunk(2)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from app.domain.spec import Training
 from worker.data.pair import ViewParams, byol_views
+from worker.parts.heads import projector
 from worker.parts.teacher import follow, momentum, teacher_of
-from worker.recipe import Batch, Info, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, Progress, Recipe, Requires, Width
 
 MOMENTUM = 0.996  # tau_base of section 3.3
 
@@ -22,11 +23,11 @@ MOMENTUM = 0.996  # tau_base of section 3.3
 class ByolParams(ViewParams):
     """The projection, the prediction, the teacher and the views."""
 
-    projection_hidden: int | None = Field(
-        default=None, ge=1, le=16384,
+    projection_hidden: Width | None = Field(
+        default=None,
         description="Width of the hidden layers of projector and predictor; null is twice the features' width, "
         "but from 512 to 4096.",
-    )  # fmt: skip
+    )
     projection_dimension: int = Field(default=256, ge=2, le=16384, description="Width of projection and prediction.")
     predictor_learning_rate_scale: float = Field(
         default=20.0, gt=0, le=1000,
@@ -45,14 +46,6 @@ def regression(prediction: Tensor, target: Tensor) -> Tensor:
     return (F.normalize(prediction.float(), dim=1) - F.normalize(target.float(), dim=1)).square().sum(1)
 
 
-def _perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    # No bias before batch norm, where it would change nothing.
-    return nn.Sequential(
-        nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-        nn.Linear(hidden, outputs, bias=False),
-    )  # fmt: skip
-
-
 class Byol(nn.Module):
     """A backbone with BYOL's projector and predictor, and the teacher; all but the backbone is thrown away."""
 
@@ -62,12 +55,11 @@ class Byol(nn.Module):
         super().__init__()
         self.backbone, self._momentum = backbone, params.momentum
         self._predictor_rate = params.predictor_learning_rate_scale
-        hidden = params.projection_hidden or max(
-            512, min(4096, 2 * info.feature_dimension)
-        )  # 4096 of 2048 in the paper
+        wide = max(512, min(4096, 2 * info.feature_dimension))  # 4096 of 2048 in the paper
+        hidden = params.projection_hidden or wide
         width = params.projection_dimension
-        self.projector = _perceptron(info.feature_dimension, hidden, width)
-        self.predictor = _perceptron(width, hidden, width)
+        self.projector = projector(info.feature_dimension, hidden, width)
+        self.predictor = projector(width, hidden, width)
         self.teacher = teacher_of(backbone, self.projector)
 
     @property

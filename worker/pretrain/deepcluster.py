@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from app.domain.errors import UserFault
-from worker.data.policy import policy
+from worker.data.policy import Level, augmented
 from worker.parts import clustering, kmeans
 from worker.parts.whitening import whitening
 from worker.recipe import Batch, FeaturesOf, Info, PretrainParams, Progress, Recipe, Requires
@@ -54,9 +54,7 @@ class DeepClusterParams(PretrainParams):
     temperature: float = Field(default=0.1, gt=0, le=10, description="Of the similarities, where centroids classify.")
     balanced: bool = Field(default=True, description="Draw images so that each cluster comes equally often.")
     iterations: int = Field(default=20, ge=1, le=1000, description="Of k-means, at most.")
-    augmentation: Literal["none", "light", "standard", "strong"] = Field(
-        default="standard", description="Of the image whose cluster is to be named."
-    )
+    augmentation: Level = Field(default="standard", description="Of the image whose cluster is to be named.")
 
 
 class DeepCluster(nn.Module):
@@ -183,14 +181,7 @@ def _embedded(points: Tensor, shift: Tensor, matrix: Tensor) -> Tensor:
 
 def inputs(params: DeepClusterParams, info: Info) -> Callable[[Batch, Generator], Batch] | None:
     """Augment the image whose cluster is to be named."""
-    augment = policy(params.augmentation, image_size=info.image_size, channels=info.channels)
-    if augment is None:
-        return None
-
-    def augmented(batch: Batch, generator: Generator) -> Batch:
-        return {**batch, "image": augment(batch["image"], generator)}
-
-    return augmented
+    return augmented(params.augmentation, info)
 
 
 RECIPE = Recipe(

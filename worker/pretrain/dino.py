@@ -18,7 +18,7 @@ from worker.data.policy import SMALL, View, byol_view, views
 from worker.parts import distributed
 from worker.parts.other_sizes import features_of, smaller_size, takes
 from worker.parts.teacher import follow, momentum, teacher_of
-from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
+from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires, Width
 
 MOMENTUM = 0.996  # lambda of section 3.1
 
@@ -30,14 +30,14 @@ class DinoParams(PretrainParams):
         default=None, ge=2, le=262144,
         description="The paper's K; null is the power of two under a 16th of the samples, from 256 to its 65536.",
     )  # fmt: skip
-    head_hidden: int | None = Field(
-        default=None, ge=1, le=16384,
+    head_hidden: Width | None = Field(
+        default=None,
         description="Width of the head's two hidden layers; null is four times the features' width, at most 2048.",
-    )  # fmt: skip
-    bottleneck: int | None = Field(
-        default=None, ge=1, le=16384,
+    )
+    bottleneck: Width | None = Field(
+        default=None,
         description="Width before the last layer; null is the paper's 256, or the features' width where that is less.",
-    )  # fmt: skip
+    )
     student_temperature: float = Field(default=0.1, gt=0, le=10, description="Of the student's softmax.")
     teacher_temperature: float = Field(default=0.07, gt=0, le=10, description="Of the teacher's, after its warm-up.")
     teacher_temperature_start: float = Field(default=0.04, gt=0, le=10, description="Of the teacher's at the start.")

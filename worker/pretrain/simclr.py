@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from worker.data.pair import ViewParams, two_views
 from worker.parts import distributed
-from worker.recipe import Batch, Info, Progress, Recipe, Requires
+from worker.parts.heads import projector
+from worker.recipe import Batch, Info, Progress, Recipe, Requires, Width
 
 
 class SimclrParams(ViewParams):
     """The loss, the projection and the views."""
 
     temperature: float = Field(default=0.5, gt=0, le=10, description="Of the similarities; the paper's for CIFAR-10.")
-    projection_hidden: int | None = Field(
-        default=None, ge=1, le=16384, description="Width of the projection's hidden layer; null is the features' width."
+    projection_hidden: Width | None = Field(
+        default=None, description="Width of the projection's hidden layer; null is the features' width."
     )
     projection_dimension: int = Field(default=128, ge=2, le=16384, description="Width of the projection.")
 
@@ -53,10 +54,7 @@ class Simclr(nn.Module):
         super().__init__()
         self.backbone, self._temperature = backbone, params.temperature
         hidden = params.projection_hidden or info.feature_dimension
-        self.projection = nn.Sequential(
-            nn.Linear(info.feature_dimension, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, params.projection_dimension, bias=False),
-        )  # fmt: skip
+        self.projection = projector(info.feature_dimension, hidden, params.projection_dimension)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002 (the contract's argument)
         z0, z1 = self.projection(self.backbone(batch["image"])).chunk(2)

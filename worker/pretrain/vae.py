@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from worker.data.policy import augmented
+from worker.data.policy import Level, augmented
 from worker.parts import seed
 from worker.parts.decoders import Decoder, mirrored
 from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
@@ -36,9 +36,7 @@ class VaeParams(PretrainParams):
     beta_warmup_fraction: float = Field(
         default=0.0, ge=0, le=1, description="Part of the run over which beta grows linearly from 0."
     )
-    augmentation: Literal["none", "light", "standard", "strong"] = Field(
-        default="none", description="Of the image that is encoded and reconstructed."
-    )
+    augmentation: Level = Field(default="none", description="Of the image that is encoded and reconstructed.")
 
 
 def bernoulli(logits: Tensor, pixels: Tensor) -> Tensor:
@@ -137,11 +135,6 @@ def inputs(params: VaeParams, info: Info) -> Callable[[Batch, Generator], Batch]
     return augmented(params.augmentation, info)
 
 
-def build(params: VaeParams, backbone: nn.Module, info: Info) -> Vae:
-    """Put the heads of the code and the decoder behind the backbone."""
-    return Vae(params, backbone, info)
-
-
 RECIPE = Recipe(
     name="vae",
     kind="pretrain",
@@ -151,6 +144,6 @@ RECIPE = Recipe(
     Params=VaeParams,
     requires=Requires(min_samples=2, min_batch=2),
     defaults={"training": {"epochs": 50, "weight_decay": 0.0}},
-    build=build,
+    build=Vae,
     inputs=inputs,
 )

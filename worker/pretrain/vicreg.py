@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from worker.data.pair import ViewParams, two_views
 from worker.parts import distributed
-from worker.recipe import Batch, Info, Progress, Recipe, Requires
+from worker.parts.heads import projector
+from worker.recipe import Batch, Info, Progress, Recipe, Requires, Width
 
 
 class VicregParams(ViewParams):
@@ -23,10 +24,10 @@ class VicregParams(ViewParams):
         default=25.0, ge=0, le=1000, description="Of the hinge that keeps every dimension's spread at 1; 0 collapses."
     )
     covariance_weight: float = Field(default=1.0, ge=0, le=1000, description="Of the covariances between dimensions.")
-    expander_hidden: int | None = Field(
-        default=None, ge=1, le=16384,
+    expander_hidden: Width | None = Field(
+        default=None,
         description="Width of the expander's two hidden layers; null is four times the features' width, at most 8192.",
-    )  # fmt: skip
+    )
     expander_dimension: int | None = Field(
         default=None, ge=2, le=16384,
         description="Width of the embedding; null is four times the features' width, at most 8192.",
@@ -74,11 +75,7 @@ class Vicreg(nn.Module):
         self.backbone, self._params = backbone, params
         wide = min(8192, 4 * info.feature_dimension)  # 8192 of 2048 in the paper
         hidden = params.expander_hidden or wide
-        self.expander = nn.Sequential(
-            nn.Linear(info.feature_dimension, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, params.expander_dimension or wide, bias=False),
-        )  # fmt: skip
+        self.expander = projector(info.feature_dimension, hidden, hidden, params.expander_dimension or wide)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002 (the contract's argument)
         z0, z1 = self.expander(self.backbone(batch["image"])).chunk(2)
