@@ -17,6 +17,7 @@ from app.store.session import transaction
 from tests import factories
 from tests.factories import tables
 from tests.routes.conftest import Caller, Service, assert_error, serve
+from tests.waiting import until
 
 pytestmark = pytest.mark.routes
 MakeCaller = Callable[..., Caller]
@@ -166,10 +167,7 @@ def test_streams_are_limited_per_key_and_given_back(service: Service, make_calle
         assert response.status_code == 200  # the limit is per key
     for stream in opened:
         stream.__exit__(None, None, None)
-    deadline = time.monotonic() + 5
-    while service.app.state.notifier.open_streams and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert service.app.state.notifier.open_streams == 0  # who hangs up is noticed
+    until(lambda: service.app.state.notifier.open_streams == 0, 5, "who hangs up is not noticed")
 
 
 def test_many_streams_of_one_job_get_the_same(client: httpx.Client, engine: Engine, job: str) -> None:

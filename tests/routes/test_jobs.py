@@ -15,6 +15,7 @@ from app.store.session import transaction
 from tests import factories
 from tests.factories import tables
 from tests.routes.conftest import Caller, Service, assert_error, serve
+from tests.waiting import until
 
 pytestmark = pytest.mark.routes
 MakeCaller = Callable[..., Caller]
@@ -397,9 +398,7 @@ def test_many_who_wait_hold_neither_threads_nor_connections(
     for thread in waiting:
         thread.start()
     notifier = service.app.state.notifier
-    deadline = time.monotonic() + 10
-    while notifier.open_streams < 20 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: notifier.open_streams >= 20, 10)
     with httpx.Client(base_url=service.url, headers=caller.http.headers, trust_env=False) as other:
         assert_error(other.get(f"/v1/jobs/{job}", params={"wait": 5}), 429, "too_many_streams")
         started = time.monotonic()

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pytest
 
 from app.settings import Settings
 from app.store import migrate
+from tests.waiting import until
 
 pytestmark = pytest.mark.routes
 MIB = 2**20
@@ -122,8 +123,8 @@ def test_a_body_that_is_cut_off_leaves_nothing(api: Api, declared: bool) -> None
                 "Content-Type: multipart/form-data; boundary=x\r\nIdempotency-Key: cut-{declared}\r\n\r\n".encode()
             )
             connection.sendall(start if declared else f"{len(start):x}\r\n".encode() + start + b"\r\n")
-            wait_until(lambda: any(path.stat().st_size > MIB for path in incoming.iterdir()))
-        wait_until(lambda: os.listdir(incoming) == [])
+            until(lambda: any(path.stat().st_size > MIB for path in incoming.iterdir()))
+        until(lambda: os.listdir(incoming) == [])
         assert http.get("/v1/datasets").json() == before
         again = http.post(
             "/v1/datasets",
@@ -132,11 +133,3 @@ def test_a_body_that_is_cut_off_leaves_nothing(api: Api, declared: bool) -> None
             headers={"Idempotency-Key": f"cut {declared}".replace(" ", "-")},
         )
         assert again.status_code == 202, "the key of the call that was cut off is free again"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for at most ten seconds."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from app.store import tables
 from app.store.blobs import open_blobs
 from app.store.session import make_engine, transaction
 from tests.factories import make_dataset
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 TIMINGS = {
@@ -30,23 +29,6 @@ TIMINGS = {
 }  # fmt: skip
 FAKE = "tests.system.worker"
 REAL = "worker.main"
-
-
-def until(condition: Callable[[], Any], seconds: float = 30.0, what: str = "it never came") -> Any:
-    """Wait for something, and give it."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-    return found
-
-
-def dead(pid: int) -> bool:
-    """Say whether a process is gone, or only waits for somebody to collect it."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 class Worker:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from app.store import tables
-from tests.system.stack import REAL, Stack, until
+from tests.system.stack import REAL, Stack
+from tests.waiting import until
 
 pytestmark = pytest.mark.system
 

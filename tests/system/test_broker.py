@@ -14,7 +14,7 @@ from app.broker import INTERNAL_QUEUE, TRAINING_QUEUE, WAKE_TASK, Publisher, cel
 from app.local.child import Child
 from app.local.redis import RedisConfig, find_redis
 from app.settings import Settings
-from tests.system.stack import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.system
 

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from tests.fakes import digest_after
-from tests.system.stack import Stack, dead, until
+from tests.system.stack import Stack
+from tests.waiting import dead, until
 
 pytestmark = pytest.mark.system
 

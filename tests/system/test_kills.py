@@ -10,7 +10,8 @@ import pytest
 
 from app.store import tables
 from tests.fakes import digest_after
-from tests.system.stack import Stack, dead, until
+from tests.system.stack import Stack
+from tests.waiting import dead, until
 
 pytestmark = pytest.mark.system
 

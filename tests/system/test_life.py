@@ -7,7 +7,8 @@ import pytest
 
 from app.store import tables
 from tests.fakes import digest_after
-from tests.system.stack import Stack, until
+from tests.system.stack import Stack
+from tests.waiting import until
 
 pytestmark = pytest.mark.system
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from app.local.child import Child, bind_to_parent, ending
 from app.local.home import Home, HomeTaken
 from app.local.redis import RedisConfig, find_redis
+from tests.waiting import until
 
 pytestmark = pytest.mark.system
 
@@ -27,13 +27,6 @@ def child(tmp_path: Path) -> Iterator[Child]:
     )
     yield made
     made.sweep()
-
-
-def until(question, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not question():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_child_that_dies_is_started_again_with_growing_pauses(child: Child) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from app.local.redis import find_redis
 from tests.fakes import digest_after
-from tests.system.stack import Stack, until
+from tests.system.stack import Stack
+from tests.waiting import until
 
 pytestmark = pytest.mark.system
 

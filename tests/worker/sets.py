@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from app.domain.datasets import DatasetFacts, Shard
 from worker import catalogue
-from worker.report import Failed, Finished, Message, Order, Reporter
+from worker.report import Failed, Finished, Message, Order, Reporter, Saved
 from worker.trainer import local, process
 
 Split = tuple[np.ndarray, np.ndarray]  # uint8 [n, height, width] or [n, height, width, 3], and labels with -1 for none
@@ -145,6 +146,22 @@ def carry_out(given: Order, wish: Callable[[Message], str | None] = lambda _: No
     return heard, last
 
 
+class Killed(BaseException):
+    """As far as a process can go without a word."""
+
+
+def killed_at(step: int, given: Order) -> str:
+    """Carry out an order until the checkpoint of a step is written; give that checkpoint's path."""
+
+    def die(message: Message) -> None:
+        if isinstance(message, Saved) and message.step == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        carry_out(given, die)
+    return str(Path(given.scratch) / f"checkpoint-{step:09d}.safetensors")
+
+
 def probed(spec: dict[str, Any], facts: DatasetFacts, folder: Path) -> dict[str, float]:
     """Run a pretraining job and give what its last probe read from the features: k-NN and linear accuracy."""
     heard, last = carry_out(order(spec, facts, folder))
@@ -160,6 +177,13 @@ def untrained(spec: dict[str, Any], facts: DatasetFacts, folder: Path) -> dict[s
     """
     training = {**spec["training"], "epochs": 3, "learning_rate": 1e-12}
     return probed({**spec, "training": training}, facts, folder)
+
+
+def before_and_after(spec: dict[str, Any], folder: Path) -> tuple[float, float]:
+    """Give the accuracy of k-NN on features of 600 digits, from the network that a job starts with and from its own."""
+    facts = write_set(folder / "set", digits(600, 60))
+    before, after = untrained(spec, facts, folder / "untrained"), probed(spec, facts, folder / "trained")
+    return before["knn_accuracy"], after["knn_accuracy"]
 
 
 def weights_sha256(order: Order) -> str:

@@ -106,9 +106,7 @@ def test_pretraining_learns_digits_without_labels(tmp_path: Path) -> None:
     Less than the ten of others: without a term that pushes apart, this method is the slowest of those that compare two
     views, and two of three seeds stay below ten.
     """
-    facts = sets.write_set(tmp_path / "set", sets.digits(600, 60))
     training = {"batch_size": 50, "epochs": 24, "learning_rate": 1e-3}
     spec = sets.spec("byol", model={"architecture": "small_cnn", "width": 0.25}, training=training)
-    untrained = sets.untrained(spec, facts, tmp_path / "untrained")["knn_accuracy"]
-    trained = sets.probed(spec, facts, tmp_path / "trained")["knn_accuracy"]
+    untrained, trained = sets.before_and_after(spec, tmp_path)
     assert trained > untrained + 0.07, (untrained, trained)

@@ -189,20 +189,12 @@ def test_a_contact_sheet_is_left(digits: DatasetFacts, tmp_path: Path) -> None:
         assert picture.size == (8 * 66 + 2, 20 * 66 + 2), "eight members of the twenty largest clusters"
 
 
-# Twenty-four steps an epoch, as in test_noncontrastive: the running statistics of the untrained network have settled.
 @pytest.mark.parametrize("cluster_on", ["features", "pixels"])
 def test_pretraining_learns_digits_without_labels(cluster_on: str, tmp_path: Path) -> None:
     """k-NN on the features must beat k-NN on the features of the untrained network by five points."""
-    facts = sets.write_set(tmp_path / "set", sets.digits(600, 60))
+    training = {"batch_size": 25, "epochs": 12, "learning_rate": 2e-3}
+    params = {"cluster_on": cluster_on, "clusters": 60}
     network = {"architecture": "small_cnn", "width": 0.25}
-
-    def knn(**training: Any) -> float:
-        params = {"cluster_on": cluster_on, "clusters": 60}
-        body = sets.spec("deepcluster", model=network, params=params, training={"batch_size": 25, **training})
-        heard, last = sets.carry_out(sets.order(body, facts, tmp_path / str(training["epochs"])))
-        assert isinstance(last, Finished), last
-        return {name: value for name, _, value in heard.metrics()}["probe/knn_accuracy"] or 0.0
-
-    untrained = knn(epochs=1, learning_rate=1e-12)
-    trained = knn(epochs=12, learning_rate=2e-3)
+    spec = sets.spec("deepcluster", model=network, params=params, training=training)
+    untrained, trained = sets.before_and_after(spec, tmp_path)
     assert trained > untrained + 0.05, (untrained, trained)

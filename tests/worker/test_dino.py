@@ -6,12 +6,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
 from tests.worker import sets
+from tests.worker.forked import in_two_processes
 from worker.parts import other_sizes
 from worker.parts.architectures import facts
 from worker.parts.backbones import build_backbone
@@ -118,29 +118,19 @@ def test_temperature_and_weight_decay_are_scheduled() -> None:
     )
 
 
-def _rank(rank: int, folder: str, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    module = made(network={"architecture": "mlp", "hidden": [16]})
-    module({"image": _images()[:, 4 * rank : 4 * rank + 4].flatten(0, 1)}, START)
-    module.after_step(START)
-    results.put(module.get_buffer("centre").tolist())
-    dist.destroy_process_group()
-
-
 def _images() -> Tensor:
     return torch.randn(2, 8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_have_one_centre(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("fork")  # a fresh interpreter would take seconds to import torch
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path), results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = [results.get(timeout=300) for _ in ranks]
-    for process in ranks:
-        process.join()
+    def half(rank: int) -> list[float]:
+        module = made(network={"architecture": "mlp", "hidden": [16]})
+        module({"image": _images()[:, 4 * rank : 4 * rank + 4].flatten(0, 1)}, START)
+        module.after_step(START)
+        return module.get_buffer("centre").tolist()
+
+    found = in_two_processes(half, tmp_path)
     module = made(network={"architecture": "mlp", "hidden": [16]})
     module({"image": _images().flatten(0, 1)}, START)
     module.after_step(START)
@@ -208,9 +198,7 @@ def test_pretraining_learns_digits_without_labels(tmp_path: Path) -> None:
 
     Less than the ten of others: self-distillation begins slowly, the paper's runs are a thousand times as long.
     """
-    facts = sets.write_set(tmp_path / "set", sets.digits(600, 60))
     training = {"batch_size": 50, "epochs": 24, "learning_rate": 1e-3}
     spec = sets.spec("dino", model={"architecture": "small_cnn", "width": 0.25}, training=training)
-    untrained = sets.untrained(spec, facts, tmp_path / "untrained")["knn_accuracy"]
-    trained = sets.probed(spec, facts, tmp_path / "trained")["knn_accuracy"]
+    untrained, trained = sets.before_and_after(spec, tmp_path)
     assert trained > untrained + 0.05, (untrained, trained)

@@ -130,20 +130,10 @@ def test_killed_and_resumed_equals_uninterrupted(recipe: Recipe, digits: Dataset
     assert isinstance(last, Finished), last
     steps = heard.of(Saved)[-1].step
 
-    class Killed(BaseException):
-        pass
-
     for kill_at in (1, steps // 2, steps - 1):
         cut = sets.order(body, digits, tmp_path / f"cut-{kill_at}")
-
-        def die(message: Any, at: int = kill_at) -> None:
-            if isinstance(message, Saved) and message.step == at:
-                raise Killed
-
-        with pytest.raises(Killed):
-            sets.carry_out(cut, die)
-        checkpoint = Path(cut.scratch) / f"checkpoint-{kill_at:09d}.safetensors"
-        resumed = sets.order(body, digits, tmp_path / f"resumed-{kill_at}", checkpoint=str(checkpoint))
+        checkpoint = sets.killed_at(kill_at, cut)
+        resumed = sets.order(body, digits, tmp_path / f"resumed-{kill_at}", checkpoint=checkpoint)
         again, ended = sets.carry_out(resumed)
         assert isinstance(ended, Finished), ended
         assert sets.weights_sha256(resumed) == sets.weights_sha256(whole)

@@ -59,10 +59,6 @@ COMBINATIONS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class Killed(BaseException):
-    """As far as a process can go without a word."""
-
-
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory: pytest.TempPathFactory) -> DatasetFacts:
     """Digits at 16 pixels in three shades, so that colours can be changed and stages halve the image."""
@@ -78,18 +74,6 @@ def job(name: str) -> dict[str, Any]:
     optimizer, precision, training, params = COMBINATIONS[name]
     given = {"optimizer": optimizer, "precision": precision, "checkpoint_every": 1, "epochs": 2, "seed": 3, **training}
     return sets.spec(training=given, params=params)
-
-
-def killed_at(step: int, order: Order) -> str:
-    """Carry out an order until the checkpoint of a step is written; give its path."""
-
-    def die(message: Any) -> None:
-        if isinstance(message, Saved) and message.step == step:
-            raise Killed
-
-    with pytest.raises(Killed):
-        sets.carry_out(order, die)
-    return str(Path(order.scratch) / f"checkpoint-{step:09d}.safetensors")
 
 
 # What holds most kinds of state is asked on every run of the tests, the rest by `make test-long`.
@@ -110,7 +94,7 @@ def test_killed_at_a_random_step_and_resumed(name: str, coloured: DatasetFacts, 
     steps = heard.of(Saved)[-1].step
     for cut in random.Random(name).sample(range(1, steps), 2):
         # The resumed run makes its own caches, as on another host.
-        path = killed_at(cut, sets.order(job(name), coloured, tmp_path / f"cut-{cut}"))
+        path = sets.killed_at(cut, sets.order(job(name), coloured, tmp_path / f"cut-{cut}"))
         resumed = sets.order(job(name), coloured, tmp_path / f"resumed-{cut}", checkpoint=path)
         again, ended = sets.carry_out(resumed)
         assert isinstance(ended, Finished), ended

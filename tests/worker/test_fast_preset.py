@@ -53,23 +53,13 @@ def test_a_run_of_it_learns_and_shows_what_it_came_to(stripes: DatasetFacts, tmp
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(stripes: DatasetFacts, tmp_path: Path) -> None:
-    class Killed(BaseException):
-        pass
-
     whole = sets.order(job(), stripes, tmp_path / "whole")
     heard, _ = sets.carry_out(whole)
     steps = heard.of(Saved)[-1].step
     for kill_at in (1, steps // 2 + 1, steps - 1):
         cut = sets.order(job(), stripes, tmp_path / f"cut-{kill_at}")
-
-        def die(message: Any, at: int = kill_at) -> None:
-            if isinstance(message, Saved) and message.step == at:
-                raise Killed
-
-        with pytest.raises(Killed):
-            sets.carry_out(cut, die)
-        checkpoint = Path(cut.scratch) / f"checkpoint-{kill_at:09d}.safetensors"
-        resumed = sets.order(job(), stripes, tmp_path / f"resumed-{kill_at}", checkpoint=str(checkpoint))
+        checkpoint = sets.killed_at(kill_at, cut)
+        resumed = sets.order(job(), stripes, tmp_path / f"resumed-{kill_at}", checkpoint=checkpoint)
         sets.carry_out(resumed)
         assert sets.weights_sha256(resumed) == sets.weights_sha256(whole)
 

@@ -15,6 +15,7 @@ import pytest
 from app.domain.errors import DataFault
 from tests import pictures
 from tests.pictures import crashing_png, encoded, huge_png, image, jpeg, png, some
+from tests.waiting import dead, until
 from worker.ingest import ingest_folder, inspectors, sandbox
 from worker.ingest.inspectors import Inspector
 from worker.report import MadeDataset
@@ -201,17 +202,7 @@ def test_children_end_with_their_parent() -> None:
         assert parent.stdout
         child = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while _alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _alive(child)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    until(lambda: dead(child), 20)
 
 
 def test_limits_of_the_reader_are_lifted_afterwards() -> None:

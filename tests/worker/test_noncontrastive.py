@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
+from tests.worker.forked import in_two_processes
 from worker.parts import compute
 from worker.parts.seed import generator
 from worker.pretrain import barlow_twins, vicreg
@@ -128,33 +128,22 @@ def _statistics(z0: Tensor, z1: Tensor) -> Tensor:
     return found["invariance"] + found["variance"] + found["covariance"] + correlated
 
 
-def _rank(rank: int, folder: str, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    own = slice(3 * rank, 3 * rank + 3)
-    mine = [z[own].clone().requires_grad_() for z in embeddings()]
-    loss = _statistics(*mine)
-    loss.backward()
-    assert mine[0].grad is not None
-    results.put((rank, loss.item(), mine[0].grad.tolist()))
-    dist.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_measure_one_batch(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("fork")  # a fresh interpreter would take seconds to import torch
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path), results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = {rank: (loss, grad) for rank, loss, grad in (results.get(timeout=300) for _ in ranks)}
-    for process in ranks:
-        process.join()
+    def half(rank: int) -> tuple[float, Rows]:
+        mine = [z[3 * rank : 3 * rank + 3].clone().requires_grad_() for z in embeddings()]
+        loss = _statistics(*mine)
+        loss.backward()
+        assert mine[0].grad is not None
+        return loss.item(), mine[0].grad.tolist()
+
+    losses, gradients = zip(*in_two_processes(half, tmp_path), strict=True)
     z0, z1 = (z.requires_grad_() for z in embeddings())
     whole = _statistics(z0, z1)
     whole.backward()
-    assert [found[0][0], found[1][0]] == pytest.approx([whole.item()] * 2, rel=1e-5)
+    assert losses == pytest.approx([whole.item()] * 2, rel=1e-5)
     # Each process differentiates the sum of both losses with regard to its own rows; DDP then takes the mean.
-    torch.testing.assert_close(torch.tensor(found[0][1] + found[1][1]) / 2, z0.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(gradients).flatten(0, 1) / 2, z0.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weight", [0.0, 25.0])
@@ -177,9 +166,7 @@ def test_without_its_variance_term_vicreg_collapses(weight: float, digits: Datas
 @pytest.mark.parametrize("recipe", ["vicreg", "barlow_twins"])
 def test_pretraining_learns_digits_without_labels(recipe: str, tmp_path: Path) -> None:
     """k-NN on the features must beat k-NN on the features of the untrained network by ten points."""
-    facts = sets.write_set(tmp_path / "set", sets.digits(600, 60))
     training = {"batch_size": 25, "epochs": 24 if recipe == "barlow_twins" else 12, "learning_rate": 2e-3}
     spec = sets.spec(recipe, model={"architecture": "small_cnn", "width": 0.25}, training=training)
-    untrained = sets.untrained(spec, facts, tmp_path / "untrained")["knn_accuracy"]
-    trained = sets.probed(spec, facts, tmp_path / "trained")["knn_accuracy"]
+    untrained, trained = sets.before_and_after(spec, tmp_path)
     assert trained > untrained + 0.1, (untrained, trained)

@@ -2,15 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
+from tests.worker.forked import in_two_processes
 from worker.parts import distributed
 from worker.pretrain import autoencoder, simclr
 from worker.report import Finished
@@ -52,18 +51,6 @@ def test_autocast_does_not_reach_the_similarities() -> None:
     assert torch.equal(found[0], exact[0])
 
 
-def _rank(rank: int, folder: str, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    z0, z1 = _projections()
-    own = slice(3 * rank, 3 * rank + 3)
-    mine = [z[own].clone().requires_grad_() for z in (z0, z1)]
-    loss, _ = simclr.nt_xent(*mine, temperature=0.5)
-    loss.backward()
-    assert mine[0].grad is not None
-    results.put((rank, loss.item(), mine[0].grad.tolist()))
-    dist.destroy_process_group()
-
-
 def _projections() -> tuple[Tensor, Tensor]:
     one, other = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(8)).unbind(0)
     return one, other
@@ -71,22 +58,21 @@ def _projections() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_see_each_others_samples(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("fork")  # a fresh interpreter would take seconds to import torch
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path), results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = {rank: (loss, grad) for rank, loss, grad in (results.get(timeout=300) for _ in ranks)}
-    for process in ranks:
-        process.join()
+    def half(rank: int) -> tuple[float, list[list[float]]]:
+        mine = [z[3 * rank : 3 * rank + 3].clone().requires_grad_() for z in _projections()]
+        loss, _ = simclr.nt_xent(*mine, temperature=0.5)
+        loss.backward()
+        assert mine[0].grad is not None
+        return loss.item(), mine[0].grad.tolist()
+
+    losses, gradients = zip(*in_two_processes(half, tmp_path), strict=True)
     z0, z1 = (z.requires_grad_() for z in _projections())
     whole, _ = simclr.nt_xent(z0, z1, temperature=0.5)
     whole.backward()
-    assert (found[0][0] + found[1][0]) / 2 == pytest.approx(whole.item(), rel=1e-5)
+    assert sum(losses) / 2 == pytest.approx(whole.item(), rel=1e-5)
     assert z0.grad is not None
     # Each process differentiates the sum of both losses with regard to its own rows; DDP then takes the mean.
-    gathered = torch.tensor(found[0][1] + found[1][1]) / 2
-    torch.testing.assert_close(gathered, z0.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(gradients).flatten(0, 1) / 2, z0.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_alone_a_gather_is_the_identity() -> None:
@@ -151,9 +137,7 @@ def test_reconstructions_are_left_as_a_picture(digits: DatasetFacts, tmp_path: P
 @pytest.mark.parametrize("recipe", ["simclr", "autoencoder"])
 def test_pretraining_learns_digits_without_labels(recipe: str, tmp_path: Path) -> None:
     """k-NN on the features must beat k-NN on the features of the untrained network by ten points."""
-    facts = sets.write_set(tmp_path / "set", sets.digits(600, 60))
     training = {"batch_size": 25, "epochs": 12, "learning_rate": 2e-3}
     spec = sets.spec(recipe, model={"architecture": "small_cnn", "width": 0.25}, training=training)
-    untrained = sets.untrained(spec, facts, tmp_path / "untrained")["knn_accuracy"]
-    trained = sets.probed(spec, facts, tmp_path / "trained")["knn_accuracy"]
+    untrained, trained = sets.before_and_after(spec, tmp_path)
     assert trained > untrained + 0.1, (untrained, trained)

@@ -5,12 +5,11 @@ import errno
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from sqlalchemy import Engine, select, update
 from sqlalchemy.exc import OperationalError
@@ -26,6 +25,7 @@ from tests import fakes
 from tests.databases import Copy, template
 from tests.factories import make_dataset, make_job, make_project
 from tests.fakes import COMMAND, digest_after
+from tests.waiting import dead, until
 from worker.supervisor.run import Host, work
 from worker.supervisor.slots import Slots
 from worker.supervisor.warm import Warm
@@ -113,14 +113,6 @@ def weights_of(engine: Engine, blobs: Blobs, job_id: str) -> str:
     return b"".join(blobs.open(row.sha256)).decode()
 
 
-def until(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
-    return found
-
-
 @contextlib.contextmanager
 def running(host: Host, job_id: str, step: int = 2) -> Iterator["Future[int]"]:
     """Run a job beside the test, from the moment on when its trainer has reported `step`."""
@@ -138,10 +130,6 @@ def trainer_of(host: Host, job_id: str) -> int:
     wire = host.runs[job_id]._wire
     assert wire is not None
     return wire._trainer.pid
-
-
-def dead(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_job_runs_from_the_claim_to_its_model(host: Host) -> None:

@@ -1,21 +1,20 @@
 """Warm trainers: a dead zygote is replaced, changed code is picked up, nothing secret is inherited."""
 
-import contextlib
 import json
 import os
 import queue
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 import worker.supervisor.warm
 from app.domain.errors import SystemFault
 from tests.fakes import COMMAND
+from tests.waiting import dead, until
 from worker.report import Go, Limits, Order
 from worker.supervisor.warm import KILLED, Trainer, Warm, clean_environment
 
@@ -50,15 +49,6 @@ def start(warm: Warm, folder: Path, *, gpus: tuple[str, ...] = (), **fake: Any) 
     return trainer
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def test_the_catalogue_arrives_and_trainers_start_and_end(
     warm: Warm, catalogues: "queue.Queue[Any]", tmp_path: Path
 ) -> None:
@@ -79,8 +69,7 @@ def test_a_dead_zygote_ends_its_trainers_and_is_replaced(
         zygote = int(file.read().rpartition(")")[2].split()[1])
     os.kill(zygote, signal.SIGKILL)
     assert trainer.wait(5) == KILLED
-    with contextlib.suppress(psutil.NoSuchProcess):
-        assert psutil.Process(trainer.pid).status() == psutil.STATUS_ZOMBIE  # dead, and not yet collected by init
+    assert dead(trainer.pid)
     trainer.connection.close()
     assert catalogues.get(timeout=20)
     assert warm.ready.wait(20)
@@ -91,7 +80,7 @@ def test_a_dead_zygote_ends_its_trainers_and_is_replaced(
 
 def test_without_a_zygote_a_start_is_a_system_fault(warm: Warm, tmp_path: Path) -> None:
     warm.close()
-    assert until(lambda: not warm.ready.is_set())
+    until(lambda: not warm.ready.is_set())
     with pytest.raises(SystemFault, match="warm trainer"):
         start(warm, tmp_path / "1")
 
@@ -147,7 +136,7 @@ def test_one_gpu_is_served_by_a_spare_that_is_replaced_and_two_by_a_fork(
 ) -> None:
     warm = Warm(cache=tmp_path / "cache", gpus=["0", "1"], command=COMMAND, on_ready=catalogues.put)
     warm.refresh()
-    assert until(lambda: len(warm._spares) == 2 and all(spare.ready.is_set() for spare in warm._spares.values()))
+    until(lambda: len(warm._spares) == 2 and all(spare.ready.is_set() for spare in warm._spares.values()))
     spare = warm._spares["1"]
     one = start(warm, tmp_path / "1", gpus=("1",), exit_at=1, exit_code=5)
     assert one.pid == spare.process.pid

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import worker.supervisor.wire
+from tests.waiting import until
 from worker.report import Event, Finished, Metrics, Planned, Progress, Wish
 from worker.supervisor.warm import KILLED, Trainer
 from worker.supervisor.wire import Wire
@@ -64,13 +65,6 @@ def wire(puppet: Puppet, tmp_path: Path) -> Iterator[Callable[..., Wire]]:
     yield make
     for one in made:
         one.close()
-
-
-def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.005)
 
 
 def all_said(wire: Wire) -> list[Any]:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.fakes import COMMAND
+from tests.waiting import dead, until
 from worker.report import Go, Limits, Order, Tick
 
 pytestmark = pytest.mark.worker
@@ -77,19 +78,6 @@ def go(wire: socket.socket) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
-def wait_until(condition: Any, seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def test_a_trainer_is_forked_runs_and_its_end_is_told(zygote: Client) -> None:
     wire = zygote.order("a", steps=3)
     pid = zygote.answer()["pid"]
@@ -134,10 +122,10 @@ def test_what_a_trainer_leaves_behind_in_its_group_is_killed(zygote: Client) -> 
     wire = zygote.order("a", steps=5, step_seconds=0.1, child_seconds=60)
     pid = zygote.answer()["pid"]
     wire.sendall(Go().model_dump_json().encode() + b"\n")
-    assert wait_until(lambda: psutil.Process(pid).children())
+    until(lambda: psutil.Process(pid).children())
     child = psutil.Process(pid).children()[0].pid
     assert zygote.answer()["exit"] == 0
-    assert wait_until(lambda: gone(child))
+    until(lambda: dead(child))
     wire.close()
 
 
@@ -146,7 +134,7 @@ def test_the_end_of_the_control_socket_is_the_end_of_everything(zygote: Client) 
     pid = zygote.answer()["pid"]
     zygote.control.shutdown(socket.SHUT_RDWR)
     assert zygote.process.wait(5) == 0
-    assert wait_until(lambda: gone(pid), 2)
+    until(lambda: dead(pid), 2)
     wire.close()
 
 
@@ -154,7 +142,7 @@ def test_a_killed_zygote_takes_its_trainers_along(zygote: Client) -> None:
     wire = zygote.order("a", hang_at=0)
     pid = zygote.answer()["pid"]
     zygote.process.kill()
-    assert wait_until(lambda: gone(pid), 2)
+    until(lambda: dead(pid), 2)
     wire.close()
 
 
@@ -171,7 +159,7 @@ def test_a_killed_supervisor_leaves_no_orphan(tmp_path: Path) -> None:
     supervisor.kill()
     supervisor.wait()
     supervisor.stdout.close()
-    assert wait_until(lambda: gone(zygote) and gone(trainer), 2)
+    until(lambda: dead(zygote) and dead(trainer), 2)
 
 
 def test_fifty_forks_in_a_row(zygote: Client) -> None:
