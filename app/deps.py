@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Annotated, Literal, cast
 
 from fastapi import Depends, Header, Path, Query, Request, Response, Security
@@ -148,11 +148,6 @@ METADATA_FILTER = {
     ]
 }  # fmt: skip
 
-WaitSeconds = Annotated[
-    float, Query(ge=0, le=3600, allow_inf_nan=False, description="Wait up to this many seconds for a change.")
-]
-
-
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -192,17 +187,3 @@ def _job(
 
 DatasetDep = Annotated[tables.Dataset, Depends(_dataset)]
 JobDep = Annotated[tables.Job, Depends(_job)]
-
-
-@contextmanager
-def stream_slot(notifier: Notifier, principal: Principal) -> Iterator[None]:
-    """Count one more open stream or long poll of this key while the block runs.
-
-    Raises:
-        TooManyRequests: the key has as many open as it may.
-    """
-    leave = notifier.enter(principal.key_id)
-    try:
-        yield
-    finally:
-        leave()

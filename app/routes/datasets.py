@@ -4,7 +4,7 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from sqlalchemy.orm import Session
@@ -12,21 +12,17 @@ from sqlalchemy.orm import Session
 from app.creation import Creation, CreationDep
 from app.deps import (
     METADATA_FILTER,
-    DatabaseDep,
     MetadataFilterDep,
-    NotifierDep,
     PageDep,
     ReadDep,
     SessionDep,
-    SettingsDep,
-    WaitSeconds,
     WriteDep,
-    stream_slot,
 )
 from app.domain.datasets import Builtin, DatasetTask, OnError
 from app.domain.errors import Detail, Invalid, UnsupportedMedia
 from app.domain.spec import Metadata, Name, Strict
 from app.http.envelope import Deleted, FailureOut, Listing, Object, as_time, listing
+from app.patience import PatienceDep
 from app.store import datasets, owned, tables, uploads
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
@@ -184,30 +180,14 @@ def read_all(
 
 
 @router.get("/{dataset_id}")
-async def read_one(
-    dataset_id: DatasetId,
-    request: Request,
-    principal: ReadDep,
-    database: DatabaseDep,
-    notifier: NotifierDep,
-    settings: SettingsDep,
-    wait: WaitSeconds = 0,
-) -> DatasetOut:
+async def read_one(dataset_id: DatasetId, principal: ReadDep, patience: PatienceDep) -> DatasetOut:
     """Give one dataset; with `wait`, as soon as it is no longer processing, or after that many seconds."""
 
-    def find(session: Session) -> DatasetOut:
+    def look(session: Session) -> DatasetOut:
         dataset = owned.find(session, tables.Dataset, dataset_id, principal.project_id)
         return _out(dataset, datasets.progress(session, [dataset]).get(dataset.id))
 
-    found = await database.run(find, read_only=True)
-    if wait and found.status == "processing":
-        with stream_slot(notifier, principal):
-            await notifier.change(
-                "dataset", dataset_id, since=found.status, timeout=min(wait, settings.max_wait_seconds),
-                gone=request.is_disconnected,
-            )  # fmt: skip
-        found = await database.run(find, read_only=True)
-    return found
+    return await patience.look(look, kind="dataset", id=dataset_id, ended=("ready", "failed"))
 
 
 @router.delete("/{dataset_id}")

@@ -20,10 +20,7 @@ def read_all(job_id: JobId, session: SessionDep, principal: ReadDep) -> Listing[
     """List pictures, tables and whatever else the run made."""
     job = jobs.find(session, principal.project_id, job_id)
     rows = jobs.files(session, [job.id])[job.id]
-    return Listing(
-        data=[FileOut(name=row.name, media_type=row.media_type, bytes=row.bytes, sha256=row.sha256) for row in rows],
-        has_more=False,
-    )
+    return Listing(data=[FileOut.model_validate(row, from_attributes=True) for row in rows], has_more=False)
 
 
 @router.get("/v1/jobs/{job_id}/files/{name}", response_class=Response, responses={**BYTES, **describe_errors(416)})

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Path, Query, Request, Response
+from fastapi import APIRouter, Body, Path, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -12,22 +12,19 @@ from sqlalchemy.orm import Session
 
 from app.deps import (
     METADATA_FILTER,
-    DatabaseDep,
     MetadataFilterDep,
-    NotifierDep,
     OnceDep,
     PageDep,
     ReadDep,
     SessionDep,
     SettingsDep,
-    WaitSeconds,
     WriteDep,
-    stream_slot,
 )
 from app.domain.errors import Conflict
 from app.domain.jobs import TERMINAL, Kind, Status, Verb, Wanted
 from app.domain.spec import Spec, Strict
 from app.http.envelope import Deleted, FailureOut, FileOut, Listing, Object, Out, as_time, as_time_or_null, listing
+from app.patience import PatienceDep
 from app.settings import Settings
 from app.store import checkpoints, jobs, submit, tables
 
@@ -177,29 +174,13 @@ def read_all(
 
 
 @router.get("/v1/jobs/{job_id}")
-async def read_one(
-    job_id: JobId,
-    request: Request,
-    principal: ReadDep,
-    database: DatabaseDep,
-    notifier: NotifierDep,
-    settings: SettingsDep,
-    wait: WaitSeconds = 0,
-) -> JobOut:
+async def read_one(job_id: JobId, principal: ReadDep, patience: PatienceDep, settings: SettingsDep) -> JobOut:
     """Give a job; with `?wait=` as soon as its status changes, at once if it has ended."""
 
     def look(session: Session) -> JobOut:
         return _one(session, jobs.find(session, principal.project_id, job_id), settings)
 
-    found = await database.run(look, read_only=True)
-    if wait <= 0 or found.status in TERMINAL:
-        return found
-    with stream_slot(notifier, principal):
-        await notifier.change(
-            "job", job_id, since=found.status, timeout=min(wait, settings.max_wait_seconds),
-            gone=request.is_disconnected,
-        )  # fmt: skip
-    return await database.run(look, read_only=True)
+    return await patience.look(look, kind="job", id=job_id, ended=TERMINAL)
 
 
 @router.post("/v1/jobs/{job_id}/cancel", status_code=202)
@@ -292,10 +273,7 @@ def _out(row: tables.Job, around: jobs.Surroundings) -> JobOut:
         queue=Queue(position=around.position),
         progress=Progress.model_validate({**progress, "updated_at": as_time_or_null(progress.get("updated_at"))}),
         metrics=row.metrics, best=row.best, model=row.model_id, result=row.result,
-        files=[
-            FileOut(name=file.name, media_type=file.media_type, bytes=file.bytes, sha256=file.sha256)
-            for file in around.files
-        ],
+        files=[FileOut.model_validate(file, from_attributes=True) for file in around.files],
         parent=row.parent_id, children=Children(total=sum(around.children.values()), by_status=around.children),
         retry_of=row.retry_of, attempt=row.attempt, max_attempts=row.max_attempts, exact=row.exact,
         worker=row.lease_owner, error=FailureOut.model_validate(row.error) if row.error else None, spec=row.spec,

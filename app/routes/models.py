@@ -14,15 +14,10 @@ from starlette.responses import StreamingResponse
 from app.creation import CreationDep
 from app.deps import (
     BlobsDep,
-    DatabaseDep,
-    NotifierDep,
     PageDep,
     ReadDep,
     SessionDep,
-    SettingsDep,
-    WaitSeconds,
     WriteDep,
-    stream_slot,
 )
 from app.domain.errors import Unavailable, UnsupportedMedia
 from app.domain.spec import Architecture, Name, Strict
@@ -30,6 +25,7 @@ from app.http import imports, zips
 from app.http.download import BYTES, stored
 from app.http.envelope import Deleted, FailureOut, FileOut, Listing, Object, Out, as_time, describe_errors, listing
 from app.http.imports import Description, Tags
+from app.patience import PatienceDep
 from app.store import models, recipes, tables
 from app.store.blobs import MissingBlob
 
@@ -128,29 +124,13 @@ def read_all(
 
 
 @router.get("/{model_id}")
-async def read_one(
-    model_id: ModelId,
-    request: Request,
-    principal: ReadDep,
-    database: DatabaseDep,
-    notifier: NotifierDep,
-    settings: SettingsDep,
-    wait: WaitSeconds = 0,
-) -> ModelOut:
+async def read_one(model_id: ModelId, principal: ReadDep, patience: PatienceDep) -> ModelOut:
     """Give a model; with `?wait=` as soon as its import has ended."""
 
     def look(session: Session) -> ModelOut:
         return _one(session, models.find(session, principal.project_id, model_id), principal.project_id)
 
-    found = await database.run(look, read_only=True)
-    if wait <= 0 or found.status != "processing":
-        return found
-    with stream_slot(notifier, principal):
-        await notifier.change(
-            "model", model_id, since=found.status, timeout=min(wait, settings.max_wait_seconds),
-            gone=request.is_disconnected,
-        )  # fmt: skip
-    return await database.run(look, read_only=True)
+    return await patience.look(look, kind="model", id=model_id, ended=("ready", "failed"))
 
 
 @router.patch("/{model_id}")
