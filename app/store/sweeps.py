@@ -4,7 +4,7 @@ from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session
 
 from app.domain.jobs import HELD, TERMINAL, Actor, Wanted, on_loss
-from app.store import checkpoints, claims, life, tables, workers
+from app.store import checkpoints, endings, life, tables, workers
 from app.store.clock import Now
 
 ANSWERS_KEPT_SECONDS = 24 * 3600.0
@@ -34,7 +34,7 @@ def recover_lost(session: Session, limit: int = 100) -> None:
     ).all()
     for job in lost:
         decision = on_loss(
-            Wanted(job.wanted), losses=job.losses, attempts=claims.spent(session, job), max_attempts=job.max_attempts,
+            Wanted(job.wanted), losses=job.losses, attempts=endings.spent(session, job), max_attempts=job.max_attempts,
             has_checkpoint=checkpoints.exist(session, job),
         )  # fmt: skip
         assert decision.status is not None

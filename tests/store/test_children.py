@@ -4,40 +4,17 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, select, update
-from sqlalchemy.orm import Session
 
 from app.domain.errors import Failure, UserFault
-from app.domain.jobs import Actor, Status, Wanted
-from app.store import children, claims, life, tables
-from app.store.claims import Held
+from app.domain.jobs import Status, Wanted
+from app.store import children, endings, tables
+from app.store.attempts import Held
 from app.store.session import transaction
 from tests.factories import make_dataset, make_job, make_model, make_project, publish_catalogue
+from tests.store.holding import look, read, take
 
 pytestmark = pytest.mark.store
 USER = Failure(fault="user", code="diverged", message="The loss is not finite at step 7.")
-
-
-def take(session: Session, job: tables.Job) -> Held:
-    """Claim this very job: the queue of a shared test database is everybody's."""
-    life.move(session, job, Status.STARTING, actor=Actor.CLAIM, lease=life.Lease("worker", 30, "poll"))
-    return Held(job.id, job.project_id, job.attempt, "worker")
-
-
-def read(session: Session, job: tables.Job | Held) -> tables.Job:
-    found = life.lock(session, job.id if isinstance(job, tables.Job) else job.job_id)
-    assert found is not None
-    return found
-
-
-def look(engine: Engine, job: tables.Job | Held) -> tables.Job:
-    with transaction(engine) as session:
-        return read(session, job)
-
-
-@pytest.fixture
-def held(engine: Engine) -> Held:
-    with transaction(engine) as session:
-        return take(session, make_job(session, make_project(session)))
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +27,7 @@ def insert_round(engine: Engine, held: Held, *keys: str, **more: Any) -> Status:
         project = session.get_one(tables.Project, held.project_id)
         dataset = make_dataset(session, project)
         body = {"recipe": "image_classification", "dataset": dataset.id, "model": {"architecture": "resnet18"}}
-        return claims.insert_children(session, held, [{"child_key": key, **body, **more} for key in keys])
+        return endings.insert_children(session, held, [{"child_key": key, **body, **more} for key in keys])
 
 
 def children_of(engine: Engine, held: Held) -> list[tables.Job]:
@@ -71,9 +48,9 @@ def test_the_parent_waits_for_its_round_without_a_slot(engine: Engine, held: Hel
         with transaction(engine) as session:
             taken = take(session, read(session, child))
             if status is Status.FAILED:
-                claims.give_up(session, taken, USER)
+                endings.give_up(session, taken, USER)
             else:
-                claims.finish(session, taken, status)
+                endings.finish(session, taken, status)
     parent = look(engine, held)
     assert (parent.status, parent.status_reason) == ("queued", "children_finished")
 
@@ -82,7 +59,7 @@ def test_a_key_makes_one_child_however_often_it_is_asked_for(engine: Engine, hel
     insert_round(engine, held, "a")
     (child,) = children_of(engine, held)
     with transaction(engine) as session:
-        claims.finish(session, take(session, read(session, child)), Status.SUCCEEDED)
+        endings.finish(session, take(session, read(session, child)), Status.SUCCEEDED)
         again = take(session, read(session, held))
     insert_round(engine, again, "a", "b", "b")
     assert [child.child_key for child in children_of(engine, held)] == ["a", "b"]
@@ -123,7 +100,7 @@ def test_a_spec_that_the_api_would_refuse_is_the_users_fault_and_makes_no_child(
         dataset = make_dataset(session, session.get_one(tables.Project, held.project_id))
     body = {"recipe": "image_classification", "dataset": dataset.id, "model": {"architecture": "resnet18"}}
     with pytest.raises(UserFault, match=says) as raised, transaction(engine) as session:
-        claims.insert_children(session, held, [{"child_key": "a", **body}, {"child_key": "b", **body, **wrong}])
+        endings.insert_children(session, held, [{"child_key": "a", **body}, {"child_key": "b", **body, **wrong}])
     assert raised.value.failure().phase == "plan"
     assert children_of(engine, held) == []
     assert look(engine, held).status == "starting"
@@ -150,7 +127,7 @@ def test_a_child_takes_over_project_and_priority_and_may_start_from_a_model_or_a
     assert child.spec["training"]["epochs"] == 10, "the defaults are filled in, as for any job"
     assert look(engine, held).losses == 0, "a round is as good as a checkpoint"
     with transaction(engine) as session:
-        claims.finish(session, take(session, read(session, child)), Status.SUCCEEDED)
+        endings.finish(session, take(session, read(session, child)), Status.SUCCEEDED)
         again = take(session, read(session, held))
     insert_round(engine, again, "b", model=first.id)
     second = children_of(engine, held)[1]
@@ -162,7 +139,7 @@ def test_those_that_ended_are_told_of_in_the_order_in_which_they_were_made(engin
     made = children_of(engine, held)
     with transaction(engine) as session:
         for child in made[:2]:
-            claims.finish(session, take(session, read(session, child)), Status.SUCCEEDED, result={"of": child.id})
+            endings.finish(session, take(session, read(session, child)), Status.SUCCEEDED, result={"of": child.id})
         told = children.ended(session, session.get_one(tables.Job, held.job_id))
     assert [(one["key"], one["result"]) for one in told] == [("z", {"of": made[0].id}), ("a", {"of": made[1].id})]
     assert {"key", "job", "status", "spec", "result", "metrics", "best", "model", "error"} == set(told[0])

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, func, insert, select
 
 from app.domain.errors import Conflict
 from app.domain.jobs import Actor, Status, Wanted, on_request
-from app.store import claims, events, life, sweeps, tables
+from app.store import attempts, endings, events, life, sweeps, tables
 from app.store.ids import new_id
 from app.store.session import transaction
 from tests.factories import make_job, make_project
@@ -77,14 +77,14 @@ def at_once(*steps: Callable[[], object]) -> list[object]:
     return list(answers)
 
 
-def held_job(engine: Engine) -> claims.Held:
+def held_job(engine: Engine) -> attempts.Held:
     with transaction(engine) as session:
         job = make_job(session, make_project(session))
         life.move(session, job, Status.STARTING, actor=Actor.CLAIM, lease=life.Lease("w", 60, "poll"))
-        return claims.Held(job.id, job.project_id, job.attempt, "w")
+        return attempts.Held(job.id, job.project_id, job.attempt, "w")
 
 
-def log(engine: Engine, held: claims.Held) -> list[tables.Event]:
+def log(engine: Engine, held: attempts.Held) -> list[tables.Event]:
     with transaction(engine, read_only=True) as session:
         return list(events.after(session, held.job_id, 0, 10_000))
 
@@ -107,8 +107,8 @@ def test_a_cancel_and_an_end_at_once_agree_on_who_won(engine: Engine, _round: in
 
     def finish() -> Status:
         with transaction(engine) as session:
-            model = "mdl_x" if claims.may_publish(session, held) else None
-            return claims.finish(session, held, Status.SUCCEEDED, model_id=model)
+            model = "mdl_x" if endings.may_publish(session, held) else None
+            return endings.finish(session, held, Status.SUCCEEDED, model_id=model)
 
     accepted, status = at_once(cancel, finish)
     assert accepted in (True, False)
@@ -127,7 +127,7 @@ def test_an_end_and_a_takeover_at_once_leave_one_of_them(engine: Engine, _round:
 
     def finish() -> Status:
         with transaction(engine) as session:
-            return claims.finish(session, held, Status.SUCCEEDED)
+            return endings.finish(session, held, Status.SUCCEEDED)
 
     def sweep() -> bool:
         with transaction(engine) as session:
@@ -135,7 +135,7 @@ def test_an_end_and_a_takeover_at_once_leave_one_of_them(engine: Engine, _round:
 
     ended, taken_over = at_once(finish, sweep)
     if taken_over:
-        assert isinstance(ended, claims.Fenced)
+        assert isinstance(ended, attempts.Fenced)
     else:
         assert ended is Status.SUCCEEDED
     with transaction(engine, read_only=True) as session:
@@ -148,7 +148,7 @@ def test_events_of_many_writers_have_no_holes_and_no_doubles(engine: Engine) -> 
     def write() -> None:
         for _ in range(10):
             with transaction(engine) as session:
-                claims.write_event(session, held, code="x", message="x")
+                attempts.write_event(session, held, code="x", message="x")
 
     answers = at_once(write, write, write, write)
     assert answers == [None] * 4
@@ -164,18 +164,18 @@ def test_the_last_two_children_may_end_at_once(engine: Engine) -> None:
         children = [
             make_job(session, project, parent_id=parent.id, child_key=key, status="queued") for key in ("a", "b")
         ]
-    holders: list[claims.Held] = []
+    holders: list[attempts.Held] = []
     for child in children:
         with transaction(engine) as session:
             fresh = life.lock(session, child.id)
             assert fresh is not None
             life.move(session, fresh, Status.STARTING, actor=Actor.CLAIM, lease=life.Lease("w", 60, "poll"))
-            holders.append(claims.Held(child.id, project.id, 1, "w"))
+            holders.append(attempts.Held(child.id, project.id, 1, "w"))
 
-    def finish(held: claims.Held) -> Callable[[], Status]:
+    def finish(held: attempts.Held) -> Callable[[], Status]:
         def step() -> Status:
             with transaction(engine) as session:
-                return claims.finish(session, held, Status.SUCCEEDED)
+                return endings.finish(session, held, Status.SUCCEEDED)
 
         return step
 

@@ -25,7 +25,7 @@ from sqlalchemy import Engine, delete, event, select, update
 
 from app.domain.errors import Conflict, Failure
 from app.domain.jobs import HELD, TERMINAL, Actor, Status, Verb, Wanted, on_request
-from app.store import checkpoints, claims, events, life, migrate, sweeps, tables
+from app.store import attempts, checkpoints, claims, endings, events, life, migrate, sweeps, tables
 from app.store.session import make_engine, transaction
 from tests.factories import make_job, make_project
 
@@ -52,7 +52,7 @@ def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 class Lives(RuleBasedStateMachine):
     """A queue of a few jobs, two workers, a user and a sweep; each rule is one transaction."""
 
-    tokens: Bundle[claims.Held] = Bundle("tokens")
+    tokens: Bundle[attempts.Held] = Bundle("tokens")
 
     @initialize(waiting=st.booleans())
     def make_jobs(self, waiting: bool) -> None:
@@ -74,7 +74,7 @@ class Lives(RuleBasedStateMachine):
         assert job is not None
         return job
 
-    def holds(self, held: claims.Held) -> bool:
+    def holds(self, held: attempts.Held) -> bool:
         """Say, from the model's side only, whether a token is the present one."""
         with transaction(self.engine, read_only=True) as session:
             job = session.get_one(tables.Job, held.job_id)
@@ -89,7 +89,7 @@ class Lives(RuleBasedStateMachine):
                 lease_seconds=1000,
             )  # fmt: skip
         if found is None:
-            return claims.Held("none", "none", 0, worker)
+            return attempts.Held("none", "none", 0, worker)
         held, job = found
         assert job.id in self.ids
         assert held.attempt > self.attempts[job.id], "attempts strictly grow"
@@ -97,7 +97,7 @@ class Lives(RuleBasedStateMachine):
         self.attempts[job.id] = held.attempt
         return held
 
-    def write(self, held: claims.Held, step: Any) -> None:
+    def write(self, held: attempts.Held, step: Any) -> None:
         """Write under a token; what is accepted and refused must be what the model says."""
         if held.job_id not in self.ids:
             return
@@ -105,47 +105,47 @@ class Lives(RuleBasedStateMachine):
         try:
             with transaction(self.engine) as session:
                 step(session)
-        except claims.Fenced:
+        except attempts.Fenced:
             assert not valid, "the holder was refused"
         else:
             assert valid, "a stale write was accepted"
 
     @rule(held=tokens)
-    def begin(self, held: claims.Held) -> None:
-        self.write(held, lambda session: claims.begin(session, held, plan={"by": held.attempt}, fingerprint={}))
+    def begin(self, held: attempts.Held) -> None:
+        self.write(held, lambda session: attempts.begin(session, held, plan={"by": held.attempt}, fingerprint={}))
 
     @rule(held=tokens)
-    def heartbeat(self, held: claims.Held) -> None:
-        self.write(held, lambda session: claims.heartbeat(session, held, lease_seconds=1000, progress={"step": 1}))
+    def heartbeat(self, held: attempts.Held) -> None:
+        self.write(held, lambda session: attempts.heartbeat(session, held, lease_seconds=1000, progress={"step": 1}))
 
     @rule(held=tokens, step=st.integers(0, 3))
-    def metrics(self, held: claims.Held, step: int) -> None:
-        self.write(held, lambda session: claims.write_metrics(session, held, [("loss", step, float(held.attempt))]))
+    def metrics(self, held: attempts.Held, step: int) -> None:
+        self.write(held, lambda session: attempts.write_metrics(session, held, [("loss", step, float(held.attempt))]))
 
     @rule(held=tokens)
-    def checkpoint(self, held: claims.Held) -> None:
+    def checkpoint(self, held: attempts.Held) -> None:
         def step(session: Any) -> None:
             session.merge(tables.Blob(sha256="c" * 64, bytes=1))
-            claims.write_checkpoint(session, held, step=1, epoch=0, metrics={}, best=False, bytes=1, sha256="c" * 64)
+            attempts.write_checkpoint(session, held, step=1, epoch=0, metrics={}, best=False, bytes=1, sha256="c" * 64)
 
         self.write(held, step)
 
     @rule(held=consumes(tokens), outcome=st.sampled_from([Status.SUCCEEDED, Status.STOPPED, Status.PAUSED]))
-    def finish(self, held: claims.Held, outcome: Status) -> None:
+    def finish(self, held: attempts.Held, outcome: Status) -> None:
         def step(session: Any) -> None:
-            model = "mdl_x" if claims.may_publish(session, held) and outcome is not Status.PAUSED else None
-            claims.finish(session, held, outcome, model_id=model)
+            model = "mdl_x" if endings.may_publish(session, held) and outcome is not Status.PAUSED else None
+            endings.finish(session, held, outcome, model_id=model)
 
         self.write(held, step)
 
     @rule(held=tokens, retryable=st.booleans())
-    def give_up(self, held: claims.Held, retryable: bool) -> None:
+    def give_up(self, held: attempts.Held, retryable: bool) -> None:
         failure = Failure(fault="system", code="crash", message="It crashed.", retryable=retryable)
-        self.write(held, lambda session: claims.give_up(session, held, failure))
+        self.write(held, lambda session: endings.give_up(session, held, failure))
 
     @rule(held=tokens)
-    def drain(self, held: claims.Held) -> None:
-        self.write(held, lambda session: claims.release(session, held))
+    def drain(self, held: attempts.Held) -> None:
+        self.write(held, lambda session: endings.release(session, held))
 
     @rule(number=st.integers(0, 1), verb=st.sampled_from(["cancel", "stop", "pause", "resume"]))
     def user(self, number: int, verb: Verb) -> None:

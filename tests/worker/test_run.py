@@ -18,7 +18,7 @@ import worker.supervisor.lease
 import worker.supervisor.wire
 from app.domain.jobs import Status
 from app.settings import Settings
-from app.store import children, claims, jobs, recipes, tables
+from app.store import attempts, children, claims, endings, jobs, recipes, tables
 from app.store.blobs import Blobs, open_blobs
 from app.store.session import make_engine, transaction
 from tests import fakes
@@ -251,7 +251,7 @@ def test_a_cancelled_orchestrator_takes_its_children_along(host: Host) -> None:
     assert [child.status for child in children_of(host.engine, job_id)] == [Status.CANCELLED] * 2
 
 
-def claim_and_insert(host: Host) -> claims.Held:
+def claim_and_insert(host: Host) -> attempts.Held:
     """Bring an orchestrating job to where it waits for its first two children."""
     with transaction(host.engine) as session:
         found = claims.claim(
@@ -261,7 +261,7 @@ def claim_and_insert(host: Host) -> claims.Held:
         assert found is not None
         held, parent = found
         body = {"recipe": "fake", "dataset": parent.dataset_id, "model": {"architecture": "small_cnn"}}
-        claims.insert_children(session, held, [{"child_key": key, **body} for key in ("a", "b")])
+        endings.insert_children(session, held, [{"child_key": key, **body} for key in ("a", "b")])
         return held
 
 

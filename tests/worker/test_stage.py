@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from app.domain.errors import DataFault, SystemFault, UserFault
 from app.domain.jobs import Actor, Status
 from app.settings import Settings
-from app.store import claims, life, tables
+from app.store import attempts, life, tables
 from app.store.blobs import Blobs, CorruptBlob, Stored, open_blobs
 from app.store.session import make_engine, transaction
 from tests.databases import template
@@ -175,11 +175,11 @@ def checkpointed_job(engine: Engine, blobs: Blobs, *steps: int) -> str:
         assert job is not None
         lease = life.Lease(worker="wrk_test", seconds=60, source="poll")
         life.move(session, job, Status.STARTING, actor=Actor.CLAIM, lease=lease)
-        held = claims.Held(job_id, job.project_id, job.attempt, "wrk_test")
+        held = attempts.Held(job_id, job.project_id, job.attempt, "wrk_test")
     for step in steps:
         stored = make_blob(engine, blobs, f"state of {step}".encode())
         with transaction(engine) as session:
-            claims.write_checkpoint(
+            attempts.write_checkpoint(
                 session, held, step=step, epoch=0, metrics={}, best=False, bytes=stored.bytes, sha256=stored.sha256
             )
     return job_id

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 
 from app.domain.jobs import Wanted
 from app.settings import Settings
-from app.store import claims
-from app.store.claims import Fenced, Held
+from app.store import attempts
+from app.store.attempts import Fenced, Held
 from app.store.session import transaction
 
 log = structlog.get_logger(__name__)
@@ -106,7 +106,7 @@ class Lease:
         """Extend the lease inside a transaction of `write`, and hear what is wanted."""
         asked = time.monotonic()
         progress, self.progress = self.progress, None
-        wanted = claims.heartbeat(session, self.held, lease_seconds=self._settings.lease_seconds, progress=progress)
+        wanted = attempts.heartbeat(session, self.held, lease_seconds=self._settings.lease_seconds, progress=progress)
         session.info["beat"] = (asked, wanted)
         return wanted
 

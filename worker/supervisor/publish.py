@@ -8,9 +8,9 @@ from sqlalchemy.orm import Session
 
 from app.domain.errors import SystemFault
 from app.domain.jobs import Status
-from app.store import children, claims, datasets, models, tables
+from app.store import children, datasets, endings, models, tables
+from app.store.attempts import Held
 from app.store.blobs import Stored
-from app.store.claims import Held
 from worker.report import Finished, MadeDataset, MadeFile
 from worker.supervisor.stage import Scratch
 
@@ -60,7 +60,7 @@ def finish(session: Session, held: Held, job: tables.Job, finished: Finished, ma
     Raises:
         Fenced
     """
-    keeps = made.keeps and claims.may_publish(session, held)
+    keeps = made.keeps and endings.may_publish(session, held)
     model_id = children.model_of_one(session, job, finished.adopts) if keeps and finished.adopts else None
     if keeps and finished.model is not None:
         model = finished.model
@@ -70,7 +70,7 @@ def finish(session: Session, held: Held, job: tables.Job, finished: Finished, ma
     if keeps and finished.dataset is not None:
         assert job.dataset_id is not None, "an ingest job names its dataset"
         datasets.publish(session, job.dataset_id, finished.dataset)
-    status = claims.finish(
+    status = endings.finish(
         session, held, Status(finished.outcome), result=finished.result, metrics=finished.metrics, best=finished.best,
         model_id=model_id, files=made.files,
     )  # fmt: skip

@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 from app.domain.errors import Failure, JobFault, SystemFault
 from app.domain.jobs import Status, Wanted
 from app.settings import Settings
-from app.store import checkpoints, claims, tables
+from app.store import attempts, checkpoints, claims, endings, tables
+from app.store.attempts import Fenced, Held
 from app.store.blobs import Blobs, Stored
-from app.store.claims import Fenced, Held
 from app.store.session import transaction
 from worker.report import (
     Event,
@@ -251,11 +251,11 @@ class Run:
     def _end_before_it_starts(self) -> None:
         match self._lease.wanted:
             case Wanted.CANCEL:
-                self._lease.write(lambda session: claims.finish(session, self._held, Status.CANCELLED))
+                self._lease.write(lambda session: endings.finish(session, self._held, Status.CANCELLED))
             case Wanted.PAUSE:
-                self._lease.write(lambda session: claims.finish(session, self._held, Status.PAUSED))
+                self._lease.write(lambda session: endings.finish(session, self._held, Status.PAUSED))
             case _:
-                self._lease.write(lambda session: claims.release(session, self._held, "drained"))
+                self._lease.write(lambda session: endings.release(session, self._held, "drained"))
 
     def _relay(self, wire: Wire) -> Finished | Failed | None:
         """Pass on what the trainer says until its last word; None when it ended without one."""
@@ -291,7 +291,7 @@ class Run:
 
     def _begin(self, wire: Wire, planned: Planned) -> None:
         def begin(session: Session) -> None:
-            claims.begin(
+            attempts.begin(
                 session, self._held, plan=planned.plan, fingerprint=planned.fingerprint, exact=planned.exact,
                 from_step=self._from_step,
             )  # fmt: skip
@@ -316,7 +316,7 @@ class Run:
         def write(session: Session) -> None:
             # One commit: a checkpoint is never listed before the metrics that led to it.
             self._write_pending(session)
-            claims.write_checkpoint(
+            attempts.write_checkpoint(
                 session, self._held, step=saved.step, epoch=saved.epoch, metrics=saved.metrics, best=saved.best,
                 bytes=stored.bytes, sha256=stored.sha256,
             )  # fmt: skip
@@ -344,11 +344,11 @@ class Run:
             self._lease.progress = self._pending.progress
         self._lease.beat(session)
         for event in self._pending.events:
-            claims.write_event(
+            attempts.write_event(
                 session, self._held, code=event.code, message=event.message, level=event.level, data=event.data
             )
         if self._pending.rows:
-            claims.write_metrics(session, self._held, self._pending.rows)
+            attempts.write_metrics(session, self._held, self._pending.rows)
 
     def _store(self, path: Path) -> Stored:
         self._lease.check()
@@ -372,9 +372,9 @@ class Run:
         self._log.warning("trainer ended without a last word", verdict=verdict, code=code)
         if verdict == "drained":
             self._flush()
-            self._lease.write(lambda session: claims.release(session, self._held, "drained"))
+            self._lease.write(lambda session: endings.release(session, self._held, "drained"))
         elif verdict == "cancelled":
-            self._lease.write(lambda session: claims.finish(session, self._held, Status.CANCELLED))
+            self._lease.write(lambda session: endings.finish(session, self._held, Status.CANCELLED))
         else:
             out_of_memory = verdict is None and code == -signal.SIGKILL and oom_kills() > self._killed_by_kernel
             self._note_output()
@@ -397,7 +397,7 @@ class Run:
     def _give_up(self, failure: Failure) -> None:
         def give_up(session: Session) -> Status:
             self._write_pending(session)
-            return claims.give_up(session, self._held, failure)
+            return endings.give_up(session, self._held, failure)
 
         after = self._lease.write(give_up)
         self._log.warning(
@@ -408,11 +408,11 @@ class Run:
         """Store what was made, and commit it together with the end of the job."""
         if finished.outcome == "drained":
             self._flush()
-            self._lease.write(lambda session: claims.release(session, self._held, "drained"))
+            self._lease.write(lambda session: endings.release(session, self._held, "drained"))
             return
         if finished.outcome == "children":
             self._flush()
-            self._lease.write(lambda session: claims.insert_children(session, self._held, list(finished.children)))
+            self._lease.write(lambda session: endings.insert_children(session, self._held, list(finished.children)))
             return
         made = publish.store(finished, self._scratch, self._store)
 

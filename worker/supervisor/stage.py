@@ -23,7 +23,7 @@ from app.domain.errors import DataFault, SystemFault, UserFault
 from app.domain.jobs import Wanted
 from app.domain.models import ModelConfig
 from app.settings import Settings
-from app.store import cache, checkpoints, children, claims, recipes, tables
+from app.store import attempts, cache, checkpoints, children, recipes, tables
 from app.store.blobs import Blobs, CorruptBlob, MissingBlob
 from app.store.session import transaction
 from worker.report import BaseModelInput, Limits, Order
@@ -160,7 +160,7 @@ def find_inputs(session: Session, job: tables.Job) -> Inputs:
         model=_model(session, job.base_model_id) if job.base_model_id else None,
         upload=upload,
         checkpoints=checkpoints.to_resume(session, job),
-        fingerprint=claims.first_fingerprint(session, job.id),
+        fingerprint=attempts.first_fingerprint(session, job.id),
         children=children.ended(session, job),
         plans=_plans(session, job),
     )
