@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
 from app.domain.spec import Training
-from tests.worker import sets, test_loop
+from tests.worker import objectives, sets
 from worker import loop
 from worker.checkpoint import Checkpoints
 from worker.data.order import draw_order
@@ -103,7 +103,7 @@ class Parts(nn.Module):
 def test_a_step_draws_as_many_labelled_rows_as_its_part_says_evenly_spread() -> None:
     labels = torch.full((40,), -1)
     labels[torch.tensor([3, 9, 27])] = torch.tensor([0, 1, 0])
-    plan = test_loop.plan(Training(epochs=2, batch_size=8), 40)
+    plan = objectives.plan(Training(epochs=2, batch_size=8), 40)
 
     def drawn(seed: int, epoch: int) -> Tensor:
         order = draw_order(Parts(1.0, 0.0, 0.25), labels, plan, seed=seed, epoch=epoch)
@@ -174,11 +174,11 @@ def alternating(build: Any = Other, **params: Any) -> Any:
 
 def test_supervised_and_unsupervised_steps_alternate_and_hooks_reach_their_own(tmp_path: Path) -> None:
     module = alternating(ratio=2, weight=0.5)
-    rows = test_loop.Rows()
+    rows = objectives.Rows()
     part = Part(rows, torch.arange(12), torch.where(torch.arange(12) < 4, rows.labels, -1))
     Other.calls.clear()
-    given = Data(part, test_loop.whole(test_loop.Rows(6)), None, None, torch.zeros(1), torch.ones(1))
-    result, heard = test_loop.train(module, Training(epochs=2, batch_size=4), tmp_path, with_data=given)
+    given = Data(part, objectives.whole(objectives.Rows(6)), None, None, torch.zeros(1), torch.ones(1))
+    result, heard = objectives.train(module, Training(epochs=2, batch_size=4), tmp_path, with_data=given)
     turns = [[f"at_step {n}", f"unsupervised {n} of 4", f"after_backward {n}", f"after_step {n}"] for n in range(4)]
     assert Other.calls == [call for turn in turns for call in turn]
     assert result.metrics.keys() >= {

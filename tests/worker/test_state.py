@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from app.domain.errors import SystemFault
 from app.domain.spec import EarlyStopping, Optimizer, Training
 from tests.worker import sets
-from tests.worker.test_loop import CPU, Rows, Small, data, keep_all, plan, whole
+from tests.worker.objectives import CPU, Rows, Small, data, keep_all, plan, whole
 from worker import checkpoint, clock, loop
 from worker.checkpoint import Checkpoints, Contents
 from worker.data.source import Data
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.worker
 
 
 class Averaged(Small):
-    """The classifier of test_loop.py, which is averaged as well."""
+    """The small classifier, which is averaged as well."""
 
     ema_decay = 0.9
 

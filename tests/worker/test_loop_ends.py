@@ -1,0 +1,180 @@
+"""How a run ends: by a wish, early, by the clock, by collapse; and which weights are left."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app.domain.errors import UserFault
+from app.domain.spec import EarlyStopping, Training
+from tests.worker.objectives import Recording, Rows, Small, data, plan, same, train, whole
+from tests.worker.sets import Heard
+from worker import clock
+from worker.recipe import Batch, Progress
+from worker.report import Saved
+
+pytestmark = pytest.mark.worker
+
+
+@pytest.mark.parametrize(("wish", "outcome"), [("pause", "paused"), ("drain", "drained"), ("stop", "stopped")])
+def test_a_wish_is_honoured_at_the_next_step_with_a_checkpoint(wish: str, outcome: str, tmp_path: Path) -> None:
+    training = Training(epochs=4, batch_size=4, checkpoint_every=1000)
+    heard = Heard(lambda message: wish if getattr(message, "code", "") == "train.first_step" else None)
+    module = Small()
+    result, _ = train(module, training, tmp_path, heard=heard)
+    assert (result.outcome, result.step) == (outcome, 1)
+    assert [saved.step for saved in heard.of(Saved)] == [1]
+    if wish == "stop":
+        return
+    resumed, whole_run = Small(seed=9), Small()
+    again, _ = train(resumed, training, tmp_path / "on", newest=tmp_path / "checkpoint-000000001.safetensors")
+    train(whole_run, training, tmp_path / "whole")
+    assert again.outcome == "succeeded"
+    assert same(resumed, whole_run)
+
+
+def test_a_cancel_keeps_nothing(tmp_path: Path) -> None:
+    training = Training(epochs=4, batch_size=4, checkpoint_every=1000)
+    heard = Heard(lambda message: "cancel" if getattr(message, "code", "") == "train.first_step" else None)
+    result, _ = train(Small(), training, tmp_path, heard=heard)
+    assert result.outcome == "cancelled"
+    assert heard.of(Saved) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_before_the_first_step_is_a_cancel(tmp_path: Path) -> None:
+    heard = Heard()
+    heard.reporter.want("stop")
+    result, _ = train(Small(), Training(epochs=1, batch_size=4), tmp_path, heard=heard)
+    assert result.outcome == "cancelled"
+
+
+def test_a_stop_gives_the_best_weights_so_far(tmp_path: Path) -> None:
+    training = Training(epochs=30, batch_size=4, checkpoint_every=1)
+    best: dict[int, dict[str, Tensor]] = {}
+    module = Small()
+
+    def at_fifth_epoch(message: Any) -> str | None:
+        if isinstance(message, Saved) and message.best:
+            best[message.step] = {name: value.clone() for name, value in module.state_dict().items()}
+        return "stop" if isinstance(message, Saved) and message.step == 16 else None
+
+    result, heard = train(
+        module, training, tmp_path, heard=Heard(at_fifth_epoch), made=plan(training, learning_rate=0.5)
+    )  # fmt: skip
+    assert result.outcome == "stopped"
+    assert result.best is not None
+    assert result.best["metric"] == "validation/accuracy"
+    accuracies = [value for name, _, value in heard.metrics() if name == "validation/accuracy"]
+    assert result.best["value"] == max(value for value in accuracies if value is not None)
+    kept = best[result.best["step"]]
+    assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+
+
+def test_a_wish_after_the_last_step_comes_too_late(tmp_path: Path) -> None:
+    heard = Heard(lambda message: "cancel" if isinstance(message, Saved) and message.step == 3 else None)
+    result, _ = train(Small(), Training(epochs=1, batch_size=4), tmp_path, heard=heard)
+    assert result.outcome == "succeeded"
+
+
+class Scripted(Recording):
+    """Its validation loss follows a script, epoch by epoch."""
+
+    def __init__(self, script: list[float]) -> None:
+        super().__init__()
+        self.script, self.epoch, self.snapshots = script, 0, list[Tensor]()
+
+    def before_epoch(self, features_of: Any, progress: Progress) -> list[nn.Parameter]:
+        self.epoch = progress.epoch
+        return []
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        if len(self.snapshots) <= self.epoch:
+            self.snapshots.append(self.linear.weight.detach().clone())
+        return {"loss": torch.full((len(batch["label"]),), self.script[self.epoch])}
+
+
+def test_early_stopping_waits_its_patience_and_restores_the_best(tmp_path: Path) -> None:
+    module = Scripted([1.0, 0.5, 0.49, 0.6, 0.7, 0.1])
+    training = Training(
+        epochs=6, batch_size=4, early_stopping=EarlyStopping(metric="validation/loss", patience=2, min_delta=0.1)
+    )
+    result, _ = train(module, training, tmp_path)
+    assert (result.ended_by, result.epoch) == ("early_stopping", 4)
+    assert result.best is not None
+    assert (result.best["metric"], result.best["step"]) == ("validation/loss", 6)
+    assert result.best["value"] == pytest.approx(0.5)
+    assert torch.equal(module.linear.weight, module.snapshots[1])
+
+
+def test_without_early_stopping_the_last_weights_are_kept(tmp_path: Path) -> None:
+    module = Scripted([0.1, 0.5, 0.9])
+    result, _ = train(module, Training(epochs=3, batch_size=4), tmp_path)
+    assert result.best is not None
+    assert result.best["step"] == 3
+    assert torch.equal(module.linear.weight, module.snapshots[2])
+
+
+def test_a_run_that_stopped_early_does_not_go_on_when_resumed(tmp_path: Path) -> None:
+    stopping = EarlyStopping(metric="validation/loss", patience=1)
+    training = Training(epochs=5, batch_size=4, early_stopping=stopping)
+    result, heard = train(Scripted([0.5, 0.6, 0.1, 0.1, 0.1]), training, tmp_path)
+    again, _ = train(
+        Scripted([0.0] * 5), training, tmp_path / "again", newest=tmp_path / heard.of(Saved)[-1].file
+    )  # fmt: skip
+    assert (again.step, again.ended_by) == (result.step, "early_stopping")
+
+
+def test_an_unknown_metric_names_those_there_are(tmp_path: Path) -> None:
+    training = Training(epochs=2, batch_size=4, early_stopping=EarlyStopping(metric="validation/acuracy"))
+    with pytest.raises(UserFault, match="validation/accuracy"):
+        train(Small(), training, tmp_path)
+
+
+def test_max_seconds_counts_over_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+
+    class Slow(Recording):
+        def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+            now[0] += 1.0
+            return super().forward(batch, progress)
+
+    training = Training(epochs=10, batch_size=4, max_seconds=5, checkpoint_every=1)
+    heard = Heard(lambda message: "pause" if isinstance(message, Saved) and message.step == 3 else None)
+    train(Slow(), training, tmp_path, heard=heard)
+    result, _ = train(Slow(), training, tmp_path, newest=tmp_path / "checkpoint-000000003.safetensors")
+    assert (result.step, result.ended_by, result.outcome) == (5, "max_seconds", "succeeded")
+
+
+def test_a_collapsed_representation_is_reported_once(tmp_path: Path) -> None:
+    class Collapsed(Recording):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.zeros_(self.linear.weight)
+            nn.init.ones_(self.linear.bias)
+
+        def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+            return {"loss": self.backbone(batch["image"]).mean() * 0.0}
+
+    training = Training(epochs=3, batch_size=4, weight_decay=0)
+    rows = Rows()
+    given = replace(data(rows), probe=whole(rows))
+    _, heard = train(
+        Collapsed(), training, tmp_path, made=plan(training, probe_every=1), with_data=given, kind="pretrain"
+    )  # fmt: skip
+    assert heard.codes().count("representation.collapsed") == 1
+    stopping = training.model_copy(update={"stop_on_collapse": True})
+    result, _ = train(
+        Collapsed(), stopping, tmp_path / "stop", made=plan(stopping, probe_every=1), with_data=given, kind="pretrain"
+    )  # fmt: skip
+    assert (result.outcome, result.ended_by, result.epoch) == ("stopped", "collapse", 1)
+    _, heard = train(
+        Small(), training, tmp_path / "fine", made=plan(training, probe_every=1), with_data=given, kind="pretrain"
+    )  # fmt: skip
+    assert "representation.collapsed" not in heard.codes()
+    names = {name for name, _, _ in heard.metrics()}
+    assert {"probe/effective_rank", "probe/feature_spread", "probe/knn_accuracy", "probe/linear_accuracy"} <= names
