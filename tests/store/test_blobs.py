@@ -1,96 +1,23 @@
-"""Bytes: whole or not there at all, on local disk and on S3, whoever crashes and whoever sweeps."""
+"""Bytes: whole or not there at all, on local disk and on S3, whoever crashes."""
 
 import hashlib
 import os
 import secrets
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select, update
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import Engine
 
 from app.settings import Settings
 from app.store import blobs as blobs_module
-from app.store import local_disk, tables
-from app.store.blobs import CHUNK, Blobs, CorruptBlob, MissingBlob, Place, Stored, open_blobs
+from app.store import local_disk
+from app.store.blobs import CHUNK, Blobs, CorruptBlob, MissingBlob, open_blobs
 from app.store.local_disk import LocalDisk
-from app.store.session import transaction
-from tests.factories import make_project
+from tests.store.bytes import Crash, age, incoming, keep, place_of, row
 
 pytestmark = pytest.mark.store
-
-
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """Serve S3 on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture(scope="session")
-def s3_settings(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a bucket that exists."""
-    import httpx
-
-    httpx.put(f"{s3_endpoint}/bucket").raise_for_status()
-    return Settings.model_validate(
-        {
-            "home": tmp_path_factory.mktemp("s3-home"), "blobs": "s3://bucket/some/prefix", "s3_endpoint": s3_endpoint,
-            "s3_access_key_id": "id", "s3_secret_access_key": "secret",
-        }
-    )  # fmt: skip
-
-
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
-    """Each kind of store in turn; the local one is empty."""
-    if request.param == "s3":
-        return open_blobs(request.getfixturevalue("s3_settings"))
-    return open_blobs(Settings.model_validate({"home": tmp_path / "home"}))
-
-
-def place_of(store: Blobs) -> Place:
-    return store._place  # pyright: ignore[reportPrivateUsage]
-
-
-def incoming(store: Blobs) -> list[Path]:
-    return list(store._incoming.iterdir())  # pyright: ignore[reportPrivateUsage]
-
-
-def keep(engine: Engine, store: Blobs, data: bytes) -> Stored:
-    sink = store.receive()
-    for start in range(0, len(data), 1000):
-        sink.write(data[start : start + 1000])
-    try:
-        return store.keep(engine, sink.finish())
-    finally:
-        sink._file.close()  # pyright: ignore[reportPrivateUsage]  # as the end of a process does
-
-
-def row(engine: Engine, sha256: str) -> tables.Blob | None:
-    with transaction(engine, read_only=True) as session:
-        return session.get(tables.Blob, sha256)
-
-
-def age(engine: Engine, sha256: str) -> None:
-    with transaction(engine) as session:
-        session.execute(update(tables.Blob).where(tables.Blob.sha256 == sha256).values(touched_at=1.0))
-
-
-def refer(engine: Engine, stored: Stored) -> None:
-    with transaction(engine) as session:
-        project = make_project(session)
-        session.add(
-            tables.Upload(id=f"upl_{project.id}", project_id=project.id, bytes=stored.bytes, sha256=stored.sha256)
-        )
 
 
 class TestStoring:
@@ -263,10 +190,6 @@ class TestDamage:
             store.put_file(engine, path)
 
 
-class Crash(Exception):
-    """The process ends here."""
-
-
 STEPS = ("sync file", "row", "chmod", "rename", "sync folder")
 
 
@@ -332,136 +255,6 @@ def test_bytes_are_synced_before_their_name_and_the_folder_after_it(
     spy(os, "replace", "name")
     keep(engine, store, b"x" * 10)
     assert order == ["sync", "row", "sync", "name", "sync"]  # the second: the new folder's own name
-
-
-class TestSweep:
-    GRACE = 3600.0
-
-    def test_what_nothing_refers_to_goes_after_its_grace(self, engine: Engine, store: Blobs) -> None:
-        stored = keep(engine, store, secrets.token_bytes(10))
-        store.sweep(engine, self.GRACE)
-        assert store.exists(stored.sha256)
-        age(engine, stored.sha256)
-        assert store.sweep(engine, self.GRACE) >= 1
-        assert not store.exists(stored.sha256)
-        assert row(engine, stored.sha256) is None
-
-    def test_what_is_referred_to_stays(self, engine: Engine, store: Blobs) -> None:
-        stored = keep(engine, store, secrets.token_bytes(10))
-        refer(engine, stored)
-        age(engine, stored.sha256)
-        store.sweep(engine, self.GRACE)
-        assert store.exists(stored.sha256)
-        assert row(engine, stored.sha256) is not None
-
-    def test_every_foreign_key_counts(self) -> None:
-        """A table added later is covered by itself; this says which are there now."""
-        unused = blobs_module._unused(1.0)  # pyright: ignore[reportPrivateUsage]
-        query = str(select(tables.Blob.sha256).where(unused).compile(dialect=sqlite.dialect()))
-        for column in ("uploads.sha256", "shards.sha256", "shards.thumbnails_sha256", "checkpoints.sha256",
-                       "job_files.sha256", "model_files.sha256"):  # fmt: skip
-            assert column in query
-
-    def test_a_put_that_comes_while_it_looks_is_seen(
-        self, engine: Engine, store: Blobs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """It chose its candidates, and then somebody stored the same bytes again: it must look again under the lock."""
-        data = secrets.token_bytes(10)
-        stored = keep(engine, store, data)
-        age(engine, stored.sha256)
-        real, calls = blobs_module.transaction, 0
-
-        def transaction_after_a_put(engine: Engine, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 2:  # between the list of candidates and the first lock
-                monkeypatch.setattr(blobs_module, "transaction", real)
-                keep(engine, store, data)
-            return real(engine, **options)
-
-        monkeypatch.setattr(blobs_module, "transaction", transaction_after_a_put)
-        store.sweep(engine, self.GRACE)
-        assert calls == 2
-        assert store.exists(stored.sha256)
-        assert row(engine, stored.sha256) is not None
-
-    def test_a_put_that_comes_while_it_deletes_waits_and_stores_anew(
-        self, engine: Engine, store: Blobs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        data = secrets.token_bytes(10)
-        stored = keep(engine, store, data)
-        age(engine, stored.sha256)
-        real, deleting = place_of(store).remove, threading.Event()
-        writer = threading.Thread(target=lambda: (deleting.wait(10), keep(engine, store, data)))
-
-        def remove(sha256: str) -> None:
-            if sha256 == stored.sha256:
-                deleting.set()
-                writer.join(0.3)
-                assert writer.is_alive(), "the writer must wait for the row"
-            real(sha256)
-
-        monkeypatch.setattr(place_of(store), "remove", remove)
-        writer.start()
-        store.sweep(engine, self.GRACE)
-        writer.join(20)
-        assert store.exists(stored.sha256)
-        assert row(engine, stored.sha256) is not None
-
-    def test_two_sweeps_and_a_writer_in_a_loop_never_lose_bytes(self, engine: Engine, tmp_path: Path) -> None:
-        store = open_blobs(Settings.model_validate({"home": tmp_path / "home"}))
-        stop, errors = threading.Event(), []
-        data = secrets.token_bytes(10)
-
-        def sweep() -> None:
-            try:
-                while not stop.is_set():
-                    store.sweep(engine, self.GRACE)
-            except Exception as error:
-                errors.append(error)
-
-        sweepers = [threading.Thread(target=sweep) for _ in range(2)]
-        for sweeper in sweepers:
-            sweeper.start()
-        try:
-            for _ in range(25):
-                stored = keep(engine, store, data)
-                assert store.exists(stored.sha256), "a grace period protects it"
-                age(engine, stored.sha256)
-        finally:
-            stop.set()
-            for sweeper in sweepers:
-                sweeper.join()
-        assert errors == []
-
-    def test_a_crash_while_deleting_is_made_good_by_the_next(
-        self, engine: Engine, store: Blobs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        stored = keep(engine, store, secrets.token_bytes(10))
-        age(engine, stored.sha256)
-        real = place_of(store).remove
-
-        def remove_and_crash(sha256: str) -> None:
-            real(sha256)
-            raise Crash
-
-        with monkeypatch.context() as broken:
-            broken.setattr(place_of(store), "remove", remove_and_crash)
-            with pytest.raises(Crash):
-                store.sweep(engine, self.GRACE)
-        store.sweep(engine, self.GRACE)
-        assert row(engine, stored.sha256) is None
-
-    def test_forgotten_temporary_files_go_and_living_ones_stay(self, engine: Engine, tmp_path: Path) -> None:
-        store = open_blobs(Settings.model_validate({"home": tmp_path / "home"}))
-        forgotten, living = store.receive(), store.receive()
-        forgotten.finish()
-        living.write(b"x")
-        (oldest,) = [path for path in incoming(store) if path == forgotten._path]  # pyright: ignore[reportPrivateUsage]
-        os.utime(oldest, (1, 1))
-        store.sweep(engine, 0)
-        assert incoming(store) == [living._path]  # pyright: ignore[reportPrivateUsage]
-        living.abort()
 
 
 class TestSettings:
