@@ -29,3 +29,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> DatasetFacts:
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> BaseModelInput:
     """A narrow network that has seen 600 digits without their labels."""
     return models.pretrained(tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> DatasetFacts:
+    """700 digits: more than one batch of every evaluation."""
+    return sets.write_set(tmp_path_factory.mktemp("many"), sets.digits(700, 60))

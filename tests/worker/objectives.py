@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from worker.parts.seed import reseed
 from worker.parts.tuning import Plan
 from worker.recipe import Batch, Progress
 from worker.report import Saved
+from worker.trainer import assembly, training
 
 CPU = torch.device("cpu")
 
@@ -167,3 +169,27 @@ def keep_all(heard: Heard, folder: Path) -> None:
         send(message)
 
     heard.reporter.send = copying  # type: ignore[method-assign]
+
+
+class Hungry:
+    """Make an objective run out of memory above some batch size, like a GPU does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+        self.sizes: list[int] = []
+        real = assembly.assemble
+
+        def assemble(*given: Any, **named: Any) -> Any:
+            made = real(*given, **named)
+            forward = made.objective.forward
+
+            def limited(batch: Any, progress: Any) -> Any:
+                size = len(batch["label"])
+                if size > most:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+                self.sizes.append(size)
+                return forward(batch, progress)
+
+            made.objective.forward = limited
+            return made
+
+        monkeypatch.setattr(training, "assemble", assemble)

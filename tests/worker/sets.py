@@ -146,6 +146,20 @@ def carry_out(given: Order, wish: Callable[[Message], str | None] = lambda _: No
     return heard, last
 
 
+def finished(given: Order, wish: Callable[[Message], str | None] = lambda _: None) -> tuple[Heard, Finished]:
+    """Run an order that must not fail."""
+    heard, last = carry_out(given, wish)
+    assert isinstance(last, Finished), last
+    return heard, last
+
+
+def failed(given: Order) -> tuple[Heard, Failed]:
+    """Run an order that must fail."""
+    heard, last = carry_out(given)
+    assert isinstance(last, Failed), last
+    return heard, last
+
+
 class Killed(BaseException):
     """As far as a process can go without a word."""
 

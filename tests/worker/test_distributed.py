@@ -1,35 +1,27 @@
 """Several processes as one: on the CPU, over gloo, two or three of them compute what one would."""
 
 import json
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from app.domain.datasets import DatasetFacts
-from app.domain.errors import ResourceFault, UserFault
+from app.domain.errors import UserFault
 from tests.worker import partner, sets
 from tests.worker.partner import Turn
 from worker.checkpoint import Checkpoints
-from worker.data import policy, shares
-from worker.data.augment import to_float
-from worker.data.rand_augment import RandAugment
 from worker.loop import Result
 from worker.parts import distributed
-from worker.parts.seed import generator
 from worker.parts.tuning import Plan
-from worker.report import Failed, Finished, Message, Planned, Saved
-from worker.trainer import assembly, training
+from worker.report import Message, Saved
+from worker.trainer import assembly
 
 pytestmark = pytest.mark.worker
 MLP = {"architecture": "mlp", "hidden": [32]}
@@ -72,12 +64,6 @@ def partners() -> Iterator[Partners]:
     yield made
     distributed.PATIENCE = before
     made.close()
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> DatasetFacts:
-    """700 digits: more than one batch of every evaluation."""
-    return sets.write_set(tmp_path_factory.mktemp("many"), sets.digits(700, 60))
 
 
 @dataclass
@@ -240,171 +226,3 @@ def test_a_loss_that_is_not_finite_ends_all(partners: Partners, many: DatasetFac
     assert len(raised.value.message.split(",")) > 30, "the samples of the whole batch"
     after = train(partners, classification({"training": {"epochs": 1}}), many, tmp_path / "after", 2)
     assert [other["digest"] for other in after.others] == [partner.digest(after.module)], "both are free again"
-
-
-# From here on the processes are started, watched and ended as for a user.
-
-
-def job(**training: Any) -> dict[str, Any]:
-    return {**sets.spec(), "model": MLP, "training": {"epochs": 4, "batch_size": 32, **SGD, **training}}
-
-
-def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "rank" in child.cmdline()]
-
-
-def test_an_order_for_two_processes_gives_the_model_of_one(many: DatasetFacts, tmp_path: Path) -> None:
-    weights: list[dict[str, torch.Tensor]] = []
-    for count in (None, 2):
-        order = sets.order(job(), many, tmp_path / str(count), processes=count)
-        heard, last = sets.carry_out(order)
-        assert isinstance(last, Finished), last
-        assert heard.codes().count("processes.joined") == (1 if count else 0)
-        assert heard.of(Planned)[0].plan["world_size"] == (count or 1)
-        weights.append(load_file(Path(order.scratch) / "model" / "model.safetensors"))
-    for name, value in weights[0].items():
-        assert torch.allclose(value, weights[1][name], atol=1e-4), name
-    assert children() == []
-    assert not list(tmp_path.glob("*/scratch/.processes-*"))
-
-
-def test_a_killed_process_ends_the_run_as_a_system_fault(many: DatasetFacts, tmp_path: Path) -> None:
-    order = sets.order(job(epochs=5000, checkpoint_every=50), many, tmp_path, processes=2)
-
-    def kill(message: Message) -> None:
-        if isinstance(message, Saved) and message.step == 50:
-            (child,) = children()
-            child.kill()
-
-    began = time.monotonic()
-    heard, last = sets.carry_out(order, kill)
-    assert isinstance(last, Failed)
-    assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "process_lost", True)
-    assert "Process 2 of 2 was killed (SIGKILL)" in last.error.message
-    assert heard.of(Saved), "what was saved before is kept"
-    assert children() == []
-    assert time.monotonic() - began < 120
-
-
-def test_no_process_outlives_the_first_one(tmp_path: Path) -> None:
-    (tmp_path / "spec.json").write_text(json.dumps(job(epochs=5000)))
-    command = [
-        sys.executable, "-m", "worker.trainer", "run", str(tmp_path / "spec.json"), "--data", "builtin:digits",
-        "--out", str(tmp_path / "out"), "--threads", "1", "--device", "cpu", "--processes", "2",
-    ]  # fmt: skip
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    for line in first.stdout:
-        if json.loads(line).get("code") == "train.first_step":
-            break
-    others = psutil.Process(first.pid).children(recursive=True)
-    assert len([other for other in others if "rank" in other.cmdline()]) == 1
-    assert all(os.getpgid(other.pid) == os.getpgid(first.pid) for other in others), "one group, one kill"
-    first.kill()
-    first.communicate()
-    _, alive = psutil.wait_procs(others, timeout=20)
-    assert alive == []
-
-
-def test_going_on_with_another_number_of_processes_is_not_exact(many: DatasetFacts, tmp_path: Path) -> None:
-    order = sets.order(job(checkpoint_every=5), many, tmp_path / "two", processes=2)
-    heard, last = sets.carry_out(order, lambda message: "drain" if isinstance(message, Saved) else None)
-    assert isinstance(last, Finished)
-    assert last.outcome == "drained"
-    planned = heard.of(Planned)[0]
-    given = {
-        "plan": planned.plan, "fingerprint": planned.fingerprint, "attempt": 2,
-        "checkpoint": str(Path(order.scratch) / heard.of(Saved)[-1].file),
-    }  # fmt: skip
-    heard, last = sets.carry_out(sets.order(job(), many, tmp_path / "one", **given))
-    assert isinstance(last, Finished), last
-    assert last.outcome == "succeeded"
-    again = heard.of(Planned)[0]
-    assert (again.plan["world_size"], again.exact) == (1, False)
-    event = next(message for message in heard.messages if getattr(message, "code", "") == "resume.inexact")
-    assert event.data["differs"] == ["world_size"]  # type: ignore[attr-defined]
-
-
-@pytest.mark.long
-def test_out_of_memory_halves_the_micro_batch_of_all(
-    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = assembly.assemble
-
-    def assemble(*given: Any, **named: Any) -> Any:
-        made = real(*given, **named)
-        forward = made.objective.forward
-
-        def limited(batch: Any, progress: Any) -> Any:
-            if len(batch["label"]) > 8:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-            return forward(batch, progress)
-
-        made.objective.forward = limited
-        return made
-
-    monkeypatch.setattr(training, "assemble", assemble)
-    heard, last = sets.carry_out(sets.order(job(), many, tmp_path, processes=2))
-    assert isinstance(last, Finished), last
-    assert [message.plan["accumulate"] for message in heard.of(Planned)] == [1, 2]
-    assert children() == []
-
-
-# What follows needs no second process.
-
-VIEWS: dict[str, policy.Augment | None] = {
-    "light": policy.policy("light", image_size=8, channels=3),
-    "standard": policy.policy("standard", image_size=8, channels=1),
-    "strong": policy.policy("strong", image_size=8, channels=3),
-    "two views": policy.views(policy.simclr_view(image_size=40, channels=3), 2),
-    "randaugment": RandAugment(spread=0.5),
-}
-
-
-@pytest.mark.parametrize("name", VIEWS)
-def test_draws_of_a_part_are_those_of_the_whole(name: str) -> None:
-    view = VIEWS[name]
-    assert view is not None
-    channels, side = (1 if name == "standard" else 3), (40 if name == "two views" else 8)
-    shape = (24, channels, side, side)
-    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator(0, "images"))
-    whole = to_float(view(images, generator(1, "draws")))
-    parts: list[torch.Tensor] = []
-    for rank in range(3):
-        with shares._SharedDraws(24, rank, 3):
-            parts.append(to_float(view(images[8 * rank : 8 * rank + 8], generator(1, "draws"))))
-    joined = torch.stack([part.unflatten(0, (-1, 8)) for part in parts], dim=1).flatten(0, 2)
-    assert torch.allclose(joined, whole, atol=1e-6)
-
-
-def test_inputs_that_mix_samples_are_told_from_those_that_do_not() -> None:
-    batch = {"image": torch.zeros(8, 1, 8, 8, dtype=torch.uint8), "label": torch.zeros(8, dtype=torch.int64)}
-    with pytest.raises(shares._MixesSamples), shares._SharedDraws(16, 0, 2):
-        policy.mix(batch, generator(0), mixup=0.4, cutmix=0.0, classes=2)
-    coin = [torch.rand(1, generator=generator(0))]
-    for rank in range(2):
-        with shares._SharedDraws(16, rank, 2):
-            coin.append(torch.rand(1, generator=generator(0)))
-    assert torch.equal(coin[0], coin[1])
-    assert torch.equal(coin[1], coin[2])
-
-
-def test_a_job_gets_a_process_for_each_gpu_and_not_more(
-    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    cuda = torch.device("cuda")
-    for gpus, device, found in ((2, cuda, 2), (1, cuda, 1), (2, torch.device("cpu"), 1)):
-        order = sets.order({**job(), "resources": {"gpus": gpus}}, many, tmp_path)
-        assert assembly.choose_processes(assembly.read_spec(order.spec)[0], order, device) == found
-    order = sets.order({**job(), "resources": {"gpus": 3}}, many, tmp_path)
-    with pytest.raises(ResourceFault, match="3 GPUs are wanted, and this worker gives 2"):
-        assembly.choose_processes(assembly.read_spec(order.spec)[0], order, cuda)
-
-
-def test_an_uneven_batch_is_refused_and_the_message_says_what_would_do(many: DatasetFacts, tmp_path: Path) -> None:
-    _, last = sets.carry_out(sets.order(job(batch_size=50), many, tmp_path, processes=4))
-    assert isinstance(last, Failed)
-    assert last.error.fault == "user"
-    assert last.error.message.startswith("training.batch_size: a batch of 50 does not divide evenly among 4 processes")
-    assert "use 48 or 52" in last.error.message

@@ -1,8 +1,6 @@
 """Whole orders: from a spec and shards to a model, what a resumed attempt keeps, and how each failure is classed."""
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +11,12 @@ from safetensors.torch import load_file
 from app.domain.datasets import DatasetFacts
 from app.domain.models import ModelConfig
 from tests.worker import sets
-from worker import catalogue
 from worker.finetune import image_classification
 from worker.parts.networks import load_network
-from worker.report import BaseModelInput, Event, Failed, Finished, Metrics, Planned, Saved
-from worker.trainer import __main__, assembly, local, process, training
+from worker.report import BaseModelInput, Event, Finished, Metrics, Planned, Saved
+from worker.trainer import __main__, local, process
 
 pytestmark = pytest.mark.worker
-
-
-def finished(order: Any, wish: Callable[[Any], str | None] = lambda _: None) -> tuple[sets.Heard, Finished]:
-    heard, last = sets.carry_out(order, wish)
-    assert isinstance(last, Finished), last
-    return heard, last
-
-
-def failed(order: Any) -> tuple[sets.Heard, Failed]:
-    heard, last = sets.carry_out(order)
-    assert isinstance(last, Failed), last
-    return heard, last
 
 
 def base_of(order: Any, last: Finished) -> BaseModelInput:
@@ -42,7 +27,7 @@ def base_of(order: Any, last: Finished) -> BaseModelInput:
 
 
 def test_what_happens_in_which_order(digits: DatasetFacts, tmp_path: Path) -> None:
-    heard, last = finished(sets.order(sets.spec(), digits, tmp_path))
+    heard, last = sets.finished(sets.order(sets.spec(), digits, tmp_path))
     kinds = [message.__class__.__name__ for message in heard.messages]
     assert kinds.index("Planned") < kinds.index("Metrics") < kinds.index("Saved") < kinds.index("Finished")
     assert heard.codes()[-1] == "train.first_step"
@@ -58,7 +43,7 @@ def test_what_happens_in_which_order(digits: DatasetFacts, tmp_path: Path) -> No
 
 def test_the_exported_network_has_the_reported_accuracy(digits: DatasetFacts, tmp_path: Path) -> None:
     order = sets.order(sets.spec(training={"epochs": 8, "learning_rate": 0.01}), digits, tmp_path)
-    _, last = finished(order)
+    _, last = sets.finished(order)
     assert last.model is not None
     config = ModelConfig.model_validate_json((Path(order.scratch) / "model" / "config.json").read_text())
     assert config == last.model.config
@@ -73,12 +58,12 @@ def test_the_exported_network_has_the_reported_accuracy(digits: DatasetFacts, tm
 
 def test_pretrain_then_fine_tune_from_it(digits: DatasetFacts, tmp_path: Path) -> None:
     first = sets.order(sets.spec("simclr"), digits, tmp_path / "pre")
-    _, pretrained = finished(first)
+    _, pretrained = sets.finished(first)
     base = base_of(first, pretrained)
     assert base.config.classes == ()
     body = {**sets.spec(params={"trainable": "head"}), "model": "mdl_" + "a" * 26}
     order = sets.order(body, digits, tmp_path / "fine", model=base)
-    _, last = finished(order)
+    _, last = sets.finished(order)
     assert last.model is not None
     assert (last.model.config.mean, last.model.config.std) == (base.config.mean, base.config.std)
     before, after = load_file(base.weights), load_file(Path(order.scratch) / "model" / "model.safetensors")
@@ -93,16 +78,16 @@ def test_a_cached_frozen_prefix_gives_the_accuracy_of_an_uncached_one(
 ) -> None:
     facts = sets.write_set(tmp_path / "set", sets.digits(500, 200))
     first = sets.order(sets.spec("simclr", training={"epochs": 6, "batch_size": 100}), facts, tmp_path / "pre")
-    base = base_of(first, finished(first)[1])
+    base = base_of(first, sets.finished(first)[1])
     body = {**sets.spec(params={"trainable": trainable}, training={"epochs": 15, "learning_rate": 0.02}),
             "model": "mdl_" + "a" * 26}  # fmt: skip
-    heard, cached = finished(sets.order(body, facts, tmp_path / "cached", model=base))
+    heard, cached = sets.finished(sets.order(body, facts, tmp_path / "cached", model=base))
     assert "features.cached" in heard.codes()
-    again, _ = finished(sets.order(body, facts, tmp_path / "cached", model=base))
+    again, _ = sets.finished(sets.order(body, facts, tmp_path / "cached", model=base))
     assert sets.weights_sha256(sets.order(body, facts, tmp_path / "cached")), "the second use reads the same features"
     assert again.metrics() == heard.metrics()
     monkeypatch.setattr(image_classification.Classifier, "frozen_prefix", None)
-    heard, plain = finished(sets.order(body, facts, tmp_path / "plain", model=base))
+    heard, plain = sets.finished(sets.order(body, facts, tmp_path / "plain", model=base))
     assert "features.cached" not in heard.codes()
     assert cached.metrics["test/accuracy"] == pytest.approx(plain.metrics["test/accuracy"], abs=0.03)
     assert (cached.metrics["test/accuracy"] or 0) > 0.5
@@ -110,7 +95,7 @@ def test_a_cached_frozen_prefix_gives_the_accuracy_of_an_uncached_one(
 
 def test_augmented_views_of_a_frozen_prefix_are_cached_too(digits: DatasetFacts, tmp_path: Path) -> None:
     body = sets.spec(params={"trainable": "head", "augmentation": "light"}, training={"epochs": 10})
-    heard, last = finished(sets.order(body, digits, tmp_path))
+    heard, last = sets.finished(sets.order(body, digits, tmp_path))
     event = next(message for message in heard.of(Event) if message.code == "features.cached")
     assert event.data["views"] == 4
     assert last.outcome == "succeeded"
@@ -118,7 +103,7 @@ def test_augmented_views_of_a_frozen_prefix_are_cached_too(digits: DatasetFacts,
 
 def test_a_budget_of_labels_includes_those_for_validation(digits: DatasetFacts, tmp_path: Path) -> None:
     body = sets.spec(data={"labels_per_class": 5, "validation_fraction": 0.2})
-    _, last = finished(sets.order(body, digits, tmp_path))
+    _, last = sets.finished(sets.order(body, digits, tmp_path))
     assert last.result is not None
     assert last.result["labels"] == {"train": 40, "validation": 10}
 
@@ -131,86 +116,23 @@ def test_a_validation_split_is_used_unless_there_is_a_budget(tmp_path: Path) -> 
         ({}, {"train": 160, "validation": 30}),
         ({"label_fraction": 0.5, "validation_fraction": 0.0}, {"train": 80}),
     ):
-        _, last = finished(sets.order(sets.spec(data=data), facts, tmp_path / str(len(data))))
+        _, last = sets.finished(sets.order(sets.spec(data=data), facts, tmp_path / str(len(data))))
         assert last.result is not None
         assert last.result["labels"] == labels
 
 
 def test_a_later_attempt_uses_the_first_ones_plan(digits: DatasetFacts, tmp_path: Path) -> None:
     first = sets.order(sets.spec(), digits, tmp_path / "one")
-    heard, _ = finished(first)
+    heard, _ = sets.finished(first)
     planned = heard.of(Planned)[0]
     later = sets.order(
         sets.spec(), digits, tmp_path / "two", plan={**planned.plan, "precision": "float32"}, attempt=2,
         fingerprint=planned.fingerprint, threads=2,
     )  # fmt: skip
-    heard, _ = finished(later)
+    heard, _ = sets.finished(later)
     again = heard.of(Planned)[0]
     assert (again.plan["precision"], again.plan["threads"], again.exact) == ("float32", 1, True)
     assert torch.get_num_threads() == 1
-
-
-class Hungry:
-    """Make an objective run out of memory above some batch size, like a GPU does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-        self.sizes: list[int] = []
-        real = assembly.assemble
-
-        def assemble(*given: Any, **named: Any) -> Any:
-            made = real(*given, **named)
-            forward = made.objective.forward
-
-            def limited(batch: Any, progress: Any) -> Any:
-                size = len(batch["label"])
-                if size > most:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-                self.sizes.append(size)
-                return forward(batch, progress)
-
-            made.objective.forward = limited
-            return made
-
-        monkeypatch.setattr(training, "assemble", assemble)
-
-
-def test_out_of_memory_halves_the_micro_batch_and_goes_on(
-    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hungry = Hungry(monkeypatch, most=5)
-    heard, last = finished(sets.order(sets.spec(), digits, tmp_path))
-    assert heard.codes().count("memory.micro_batch_halved") == 2
-    plans = [message.plan for message in heard.of(Planned)]
-    assert [plan["accumulate"] for plan in plans] == [1, 2, 4]
-    assert {plan["batch_size"] for plan in plans} == {16}
-    assert set(hungry.sizes) == {4}
-    assert last.outcome == "succeeded"
-
-
-def test_a_resumed_attempt_keeps_the_halved_micro_batch(
-    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Hungry(monkeypatch, most=8)
-    body = sets.spec(training={"checkpoint_every": 3})
-    first = sets.order(body, digits, tmp_path / "one")
-    heard, _ = finished(first, lambda message: "drain" if isinstance(message, Saved) else None)
-    later = sets.order(
-        body, digits, tmp_path / "two", plan=heard.of(Planned)[0].plan, attempt=2,
-        checkpoint=str(Path(first.scratch) / heard.of(Saved)[0].file),
-    )  # fmt: skip
-    heard, _ = finished(later)
-    assert [message.plan["accumulate"] for message in heard.of(Planned)] == [2]
-    assert "memory.micro_batch_halved" not in heard.codes()
-
-
-def test_a_loss_that_couples_its_batch_is_never_split_and_the_fault_names_what_fits(
-    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Hungry(monkeypatch, most=20)
-    heard, last = failed(sets.order(sets.spec("simclr", training={"batch_size": 64}), digits, tmp_path))
-    assert (last.error.fault, last.error.code) == ("resource", "out_of_memory")
-    assert last.error.hint == "Set training.batch_size to 16."
-    assert [message.plan["checkpoint_activations"] for message in heard.of(Planned)] == [False, True]
 
 
 def test_a_crash_is_a_system_fault_with_its_trace_in_the_log(
@@ -220,7 +142,7 @@ def test_a_crash_is_a_system_fault_with_its_trace_in_the_log(
         raise ZeroDivisionError("by design")
 
     monkeypatch.setattr(image_classification.Classifier, "_logits", crash)
-    heard, last = failed(sets.order(sets.spec(), digits, tmp_path))
+    heard, last = sets.failed(sets.order(sets.spec(), digits, tmp_path))
     assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "crash", True)
     event = next(message for message in heard.of(Event) if message.code == "trainer.crashed")
     assert any("by design" in line for line in event.data["trace"])
@@ -241,7 +163,7 @@ def test_a_wrong_spec_is_a_user_fault_that_names_the_field(
     changed: dict[str, Any], message: str, digits: DatasetFacts, tmp_path: Path
 ) -> None:
     order = sets.order({**sets.spec(changed["recipe"]), **changed}, digits, tmp_path)
-    _, last = failed(order)
+    _, last = sets.failed(order)
     assert last.error.fault == "user", last.error
     assert message in last.error.message
 
@@ -249,11 +171,11 @@ def test_a_wrong_spec_is_a_user_fault_that_names_the_field(
 def test_an_unlabelled_set_can_be_pretrained_on_but_not_classified(tmp_path: Path) -> None:
     made = sets.digits(60, 10)
     facts = sets.write_set(tmp_path / "set", {"train": (made["train"][0], made["train"][1] * 0 - 1)})
-    heard, _ = finished(sets.order(sets.spec("simclr"), facts, tmp_path / "pre"))
+    heard, _ = sets.finished(sets.order(sets.spec("simclr"), facts, tmp_path / "pre"))
     names = {name for name, _, _ in heard.metrics()}
     assert {"probe/effective_rank", "probe/feature_spread"} <= names
     assert "probe/knn_accuracy" not in names
-    _, refused = failed(sets.order(sets.spec(), facts, tmp_path / "fine"))
+    _, refused = sets.failed(sets.order(sets.spec(), facts, tmp_path / "fine"))
     assert refused.error.fault == "user"
     assert "label" in refused.error.message
 
@@ -261,7 +183,7 @@ def test_an_unlabelled_set_can_be_pretrained_on_but_not_classified(tmp_path: Pat
 def test_measuring_runs_a_few_steps_and_keeps_nothing(digits: DatasetFacts, tmp_path: Path) -> None:
     body = sets.spec(training={"epochs": 200})
     order = sets.order(body, digits, tmp_path).model_copy(update={"recipe": "measure", "kind": "internal"})
-    heard, last = finished(order)
+    heard, last = sets.finished(order)
     found = last.result
     assert found is not None
     assert found["steps"] == 1600
@@ -279,7 +201,7 @@ def test_ingest_is_an_order_like_any_other(tmp_path: Path) -> None:
     order = sets.order(sets.spec(), sets.write_set(tmp_path / "s", sets.digits(20, 5)), tmp_path).model_copy(
         update={"recipe": "ingest", "kind": "internal", "spec": {"builtin": "digits"}, "dataset": None}
     )
-    _, last = finished(order)
+    _, last = sets.finished(order)
     assert last.dataset is not None
     assert last.dataset.facts.splits == {"train": 1297, "test": 500}
     heard = sets.Heard()
@@ -309,44 +231,15 @@ def test_a_run_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["fault"] == "user"
 
 
-def test_the_catalogue_refuses_doubles_and_files_without_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = catalogue.importlib.import_module
-    double = type("Double", (), {"RECIPE": replace(image_classification.RECIPE, kind="pretrain")})
-    for stand_in, message in ((double, "both declare"), (object, "declares no RECIPE")):
-        catalogue.recipes.cache_clear()
-        monkeypatch.setattr(
-            catalogue.importlib, "import_module",
-            lambda name, stand_in=stand_in: stand_in if name.endswith("simclr") else real(name),
-        )  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            catalogue.recipes()
-    catalogue.recipes.cache_clear()
-
-
-def test_what_is_published_has_the_columns_of_the_tables() -> None:
-    published = json.loads(json.dumps(catalogue.published()))
-    names = [row["name"] for row in published["recipes"]]
-    assert names == sorted(names)
-    assert {"autoencoder", "simclr", "image_classification"} <= set(names)
-    for row in published["recipes"]:
-        assert set(row) == {
-            "name", "kind", "version", "summary", "tasks", "schema", "defaults", "template", "requires"
-        }  # fmt: skip
-    simclr = next(row for row in published["recipes"] if row["name"] == "simclr")
-    training = simclr["schema"]["$defs"]["Training"]["properties"]
-    assert training["epochs"]["default"] == simclr["defaults"]["training"]["epochs"], "the recipe's own default"
-    assert {row["name"] for row in published["architectures"]} >= {"resnet18", "small_cnn", "mlp", "small_vit"}
-
-
 def test_a_whitening_stem_is_set_from_the_data_and_stands_still(digits: DatasetFacts, tmp_path: Path) -> None:
     body = {**sets.spec(), "model": {**sets.NETWORK, "whitening": True}}
     order = sets.order(body, digits, tmp_path)
-    finished(order)
+    sets.finished(order)
     stem = load_file(Path(order.scratch) / "model" / "model.safetensors")["stem.0.weight"]
     half = len(stem) // 2
     assert torch.equal(stem[:half], -stem[half:]), "every filter comes with its negative"
     plain = sets.order(sets.spec(params={"trainable": "head"}), digits, tmp_path / "plain")
-    finished(plain)
+    sets.finished(plain)
     random = load_file(Path(plain.scratch) / "model" / "model.safetensors")["stem.0.weight"]
     assert not torch.equal(random[:half], -random[half : 2 * half]), "a frozen stem is not a whitening one"
 
@@ -366,5 +259,5 @@ def test_compiling_reaches_what_is_called(
 
     monkeypatch.setattr(torch, "compile", compiling)
     body = sets.spec(params=params, training={"compile": True, "epochs": 1})
-    finished(sets.order(body, digits, tmp_path))
+    sets.finished(sets.order(body, digits, tmp_path))
     assert compiled

@@ -1,0 +1,86 @@
+"""`?wait=`: the answer comes with the next change, and waiting costs neither threads nor connections."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+from sqlalchemy import Engine
+
+from app.domain.jobs import Actor, Status
+from app.store import life
+from app.store.session import transaction
+from tests import factories
+from tests.routes.conftest import Caller, Service, assert_error
+from tests.routes.submitting import make_job
+from tests.waiting import until
+
+pytestmark = pytest.mark.routes
+MakeCaller = Callable[..., Caller]
+
+FIELDS = {
+    "id", "object", "name", "recipe", "recipe_version", "kind", "dataset", "status", "wanted", "status_reason", "queue",
+    "progress", "metrics", "best", "model", "result", "files", "parent", "children", "retry_of", "attempt",
+    "max_attempts", "exact", "worker", "error", "spec", "plan", "created_at", "started_at", "finished_at", "metadata",
+    "priority",
+}  # fmt: skip
+UNKNOWN = "job_00000000000000000000000000"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def catalogue(engine: Engine) -> None:
+    factories.publish_catalogue(engine)
+
+
+def test_waiting_answers_at_the_next_change(client: httpx.Client, caller: Caller, engine: Engine) -> None:
+    job = make_job(engine, caller)
+
+    def cancel_soon() -> None:
+        time.sleep(0.4)
+        with transaction(engine) as session:
+            locked = life.lock(session, job)
+            assert locked is not None
+            life.move(session, locked, Status.CANCELLED, actor=Actor.API)
+
+    thread = threading.Thread(target=cancel_soon)
+    thread.start()
+    started = time.monotonic()
+    answer = client.get(f"/v1/jobs/{job}", params={"wait": 20})
+    thread.join()
+    assert answer.json()["status"] == "cancelled"
+    assert 0.3 < time.monotonic() - started < 5
+    started = time.monotonic()
+    assert client.get(f"/v1/jobs/{job}", params={"wait": 20}).json()["status"] == "cancelled"
+    assert time.monotonic() - started < 2  # it has ended: nothing more will change
+
+
+def test_waiting_ends_when_the_time_is_up(client: httpx.Client, caller: Caller, engine: Engine) -> None:
+    job = make_job(engine, caller)
+    started = time.monotonic()
+    assert client.get(f"/v1/jobs/{job}", params={"wait": 0.5}).json()["status"] == "queued"
+    assert 0.4 < time.monotonic() - started < 4
+    assert_error(client.get(f"/v1/jobs/{job}", params={"wait": -1}), 422)
+
+
+def test_many_who_wait_hold_neither_threads_nor_connections(
+    service: Service, make_caller: MakeCaller, engine: Engine
+) -> None:
+    caller = make_caller()
+    job = make_job(engine, caller)
+    waiting = [
+        threading.Thread(target=lambda: caller.http.get(f"/v1/jobs/{job}", params={"wait": 15})) for _ in range(20)
+    ]  # fmt: skip
+    for thread in waiting:
+        thread.start()
+    notifier = service.app.state.notifier
+    until(lambda: notifier.open_streams >= 20, 10)
+    with httpx.Client(base_url=service.url, headers=caller.http.headers, trust_env=False) as other:
+        assert_error(other.get(f"/v1/jobs/{job}", params={"wait": 5}), 429, "too_many_streams")
+        started = time.monotonic()
+        assert other.post(f"/v1/jobs/{job}/cancel").status_code == 202
+        assert time.monotonic() - started < 5
+    for thread in waiting:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert notifier.open_streams == 0

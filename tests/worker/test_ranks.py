@@ -1,0 +1,138 @@
+"""The processes of one job, started, watched and ended as for a user."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.domain.datasets import DatasetFacts
+from app.domain.errors import ResourceFault
+from tests.worker import sets
+from tests.worker.objectives import Hungry
+from worker.report import Failed, Finished, Message, Planned, Saved
+from worker.trainer import assembly
+
+pytestmark = pytest.mark.worker
+MLP = {"architecture": "mlp", "hidden": [32]}
+# Adam would hide a gradient that is wrong by a factor.
+SGD = {"optimizer": "sgd", "precision": "float32", "weight_decay": 0.01}
+
+
+def job(**training: Any) -> dict[str, Any]:
+    return {**sets.spec(), "model": MLP, "training": {"epochs": 4, "batch_size": 32, **SGD, **training}}
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "rank" in child.cmdline()]
+
+
+def test_an_order_for_two_processes_gives_the_model_of_one(many: DatasetFacts, tmp_path: Path) -> None:
+    weights: list[dict[str, torch.Tensor]] = []
+    for count in (None, 2):
+        order = sets.order(job(), many, tmp_path / str(count), processes=count)
+        heard, last = sets.carry_out(order)
+        assert isinstance(last, Finished), last
+        assert heard.codes().count("processes.joined") == (1 if count else 0)
+        assert heard.of(Planned)[0].plan["world_size"] == (count or 1)
+        weights.append(load_file(Path(order.scratch) / "model" / "model.safetensors"))
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=1e-4), name
+    assert children() == []
+    assert not list(tmp_path.glob("*/scratch/.processes-*"))
+
+
+def test_a_killed_process_ends_the_run_as_a_system_fault(many: DatasetFacts, tmp_path: Path) -> None:
+    order = sets.order(job(epochs=5000, checkpoint_every=50), many, tmp_path, processes=2)
+
+    def kill(message: Message) -> None:
+        if isinstance(message, Saved) and message.step == 50:
+            (child,) = children()
+            child.kill()
+
+    began = time.monotonic()
+    heard, last = sets.carry_out(order, kill)
+    assert isinstance(last, Failed)
+    assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "process_lost", True)
+    assert "Process 2 of 2 was killed (SIGKILL)" in last.error.message
+    assert heard.of(Saved), "what was saved before is kept"
+    assert children() == []
+    assert time.monotonic() - began < 120
+
+
+def test_no_process_outlives_the_first_one(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps(job(epochs=5000)))
+    command = [
+        sys.executable, "-m", "worker.trainer", "run", str(tmp_path / "spec.json"), "--data", "builtin:digits",
+        "--out", str(tmp_path / "out"), "--threads", "1", "--device", "cpu", "--processes", "2",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if json.loads(line).get("code") == "train.first_step":
+            break
+    others = psutil.Process(first.pid).children(recursive=True)
+    assert len([other for other in others if "rank" in other.cmdline()]) == 1
+    assert all(os.getpgid(other.pid) == os.getpgid(first.pid) for other in others), "one group, one kill"
+    first.kill()
+    first.communicate()
+    _, alive = psutil.wait_procs(others, timeout=20)
+    assert alive == []
+
+
+def test_going_on_with_another_number_of_processes_is_not_exact(many: DatasetFacts, tmp_path: Path) -> None:
+    order = sets.order(job(checkpoint_every=5), many, tmp_path / "two", processes=2)
+    heard, last = sets.carry_out(order, lambda message: "drain" if isinstance(message, Saved) else None)
+    assert isinstance(last, Finished)
+    assert last.outcome == "drained"
+    planned = heard.of(Planned)[0]
+    given = {
+        "plan": planned.plan, "fingerprint": planned.fingerprint, "attempt": 2,
+        "checkpoint": str(Path(order.scratch) / heard.of(Saved)[-1].file),
+    }  # fmt: skip
+    heard, last = sets.carry_out(sets.order(job(), many, tmp_path / "one", **given))
+    assert isinstance(last, Finished), last
+    assert last.outcome == "succeeded"
+    again = heard.of(Planned)[0]
+    assert (again.plan["world_size"], again.exact) == (1, False)
+    event = next(message for message in heard.messages if getattr(message, "code", "") == "resume.inexact")
+    assert event.data["differs"] == ["world_size"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.long
+def test_out_of_memory_halves_the_micro_batch_of_all(
+    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hungry(monkeypatch, most=8)
+    heard, last = sets.carry_out(sets.order(job(), many, tmp_path, processes=2))
+    assert isinstance(last, Finished), last
+    assert [message.plan["accumulate"] for message in heard.of(Planned)] == [1, 2]
+    assert children() == []
+
+
+def test_a_job_gets_a_process_for_each_gpu_and_not_more(
+    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda = torch.device("cuda")
+    for gpus, device, found in ((2, cuda, 2), (1, cuda, 1), (2, torch.device("cpu"), 1)):
+        order = sets.order({**job(), "resources": {"gpus": gpus}}, many, tmp_path)
+        assert assembly.choose_processes(assembly.read_spec(order.spec)[0], order, device) == found
+    order = sets.order({**job(), "resources": {"gpus": 3}}, many, tmp_path)
+    with pytest.raises(ResourceFault, match="3 GPUs are wanted, and this worker gives 2"):
+        assembly.choose_processes(assembly.read_spec(order.spec)[0], order, cuda)
+
+
+def test_an_uneven_batch_is_refused_and_the_message_says_what_would_do(many: DatasetFacts, tmp_path: Path) -> None:
+    _, last = sets.carry_out(sets.order(job(batch_size=50), many, tmp_path, processes=4))
+    assert isinstance(last, Failed)
+    assert last.error.fault == "user"
+    assert last.error.message.startswith("training.batch_size: a batch of 50 does not divide evenly among 4 processes")
+    assert "use 48 or 52" in last.error.message
