@@ -104,6 +104,12 @@ def client(caller: Caller) -> httpx.Client:
     return caller.http
 
 
+@pytest.fixture(scope="session")
+def catalogue(engine: Engine) -> None:
+    """Publish some recipes, as a worker would."""
+    factories.publish_catalogue(engine)
+
+
 @pytest.fixture
 def anonymous(service: Service) -> Iterator[httpx.Client]:
     """Give a client without any key."""

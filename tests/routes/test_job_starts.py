@@ -13,21 +13,10 @@ from tests.factories import tables
 from tests.routes.conftest import Caller, assert_error
 from tests.routes.submitting import body, make_dataset, make_job
 
-pytestmark = pytest.mark.routes
+pytestmark = [pytest.mark.routes, pytest.mark.usefixtures("catalogue")]
 MakeCaller = Callable[..., Caller]
 
-FIELDS = {
-    "id", "object", "name", "recipe", "recipe_version", "kind", "dataset", "status", "wanted", "status_reason", "queue",
-    "progress", "metrics", "best", "model", "result", "files", "parent", "children", "retry_of", "attempt",
-    "max_attempts", "exact", "worker", "error", "spec", "plan", "created_at", "started_at", "finished_at", "metadata",
-    "priority",
-}  # fmt: skip
 UNKNOWN = "job_00000000000000000000000000"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def catalogue(engine: Engine) -> None:
-    factories.publish_catalogue(engine)
 
 
 @pytest.fixture

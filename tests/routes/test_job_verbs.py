@@ -1,7 +1,6 @@
 """Cancel, stop, pause, resume, retry, delete: every verb in every state."""
 
 from collections.abc import Callable
-from typing import Any
 
 import httpx
 import pytest
@@ -14,22 +13,11 @@ from app.store.session import transaction
 from tests import factories
 from tests.factories import tables
 from tests.routes.conftest import Caller, assert_error
+from tests.routes.submitting import make_job
 
-pytestmark = pytest.mark.routes
+pytestmark = [pytest.mark.routes, pytest.mark.usefixtures("catalogue")]
 MakeCaller = Callable[..., Caller]
 VERBS: tuple[Verb, ...] = ("cancel", "stop", "pause", "resume")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def catalogue(engine: Engine) -> None:
-    factories.publish_catalogue(engine)
-
-
-def make_job(engine: Engine, caller: Caller, status: Status = Status.QUEUED, **columns: Any) -> str:
-    with transaction(engine) as session:
-        project = session.get_one(tables.Project, caller.project)
-        job = factories.make_job(session, project, **columns)
-        return factories.bring(session, job, status).id
 
 
 def make_waiting(engine: Engine, caller: Caller) -> str:

@@ -10,11 +10,10 @@ from sqlalchemy import Engine
 from app.domain.jobs import Status
 from app.store import workers
 from app.store.session import transaction
-from tests import factories
 from tests.routes.conftest import Caller, Service, assert_error, serve
 from tests.routes.submitting import body, make_dataset, make_job
 
-pytestmark = pytest.mark.routes
+pytestmark = [pytest.mark.routes, pytest.mark.usefixtures("catalogue")]
 MakeCaller = Callable[..., Caller]
 
 FIELDS = {
@@ -23,12 +22,6 @@ FIELDS = {
     "max_attempts", "exact", "worker", "error", "spec", "plan", "created_at", "started_at", "finished_at", "metadata",
     "priority",
 }  # fmt: skip
-UNKNOWN = "job_00000000000000000000000000"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def catalogue(engine: Engine) -> None:
-    factories.publish_catalogue(engine)
 
 
 @pytest.fixture

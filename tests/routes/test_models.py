@@ -21,7 +21,7 @@ from tests import factories
 from tests.factories import tables
 from tests.routes.conftest import Caller, assert_error
 
-pytestmark = pytest.mark.routes
+pytestmark = [pytest.mark.routes, pytest.mark.usefixtures("catalogue")]
 MakeCaller = Callable[..., Caller]
 
 FIELDS = {
@@ -36,11 +36,6 @@ CONFIG = ModelConfig(
     architecture={"architecture": "resnet18"}, task="image_classification", classes=("cat", "dog"), image_size=32,
     mean=(0.5,) * 3, std=(0.25,) * 3,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def catalogue(engine: Engine) -> None:
-    factories.publish_catalogue(engine)
 
 
 def publish(engine: Engine, blobs: Blobs, caller: Caller, name: str = "cats") -> str:

@@ -11,26 +11,12 @@ from sqlalchemy import Engine
 from app.domain.jobs import Actor, Status
 from app.store import life
 from app.store.session import transaction
-from tests import factories
 from tests.routes.conftest import Caller, Service, assert_error
 from tests.routes.submitting import make_job
 from tests.waiting import until
 
-pytestmark = pytest.mark.routes
+pytestmark = [pytest.mark.routes, pytest.mark.usefixtures("catalogue")]
 MakeCaller = Callable[..., Caller]
-
-FIELDS = {
-    "id", "object", "name", "recipe", "recipe_version", "kind", "dataset", "status", "wanted", "status_reason", "queue",
-    "progress", "metrics", "best", "model", "result", "files", "parent", "children", "retry_of", "attempt",
-    "max_attempts", "exact", "worker", "error", "spec", "plan", "created_at", "started_at", "finished_at", "metadata",
-    "priority",
-}  # fmt: skip
-UNKNOWN = "job_00000000000000000000000000"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def catalogue(engine: Engine) -> None:
-    factories.publish_catalogue(engine)
 
 
 def test_waiting_answers_at_the_next_change(client: httpx.Client, caller: Caller, engine: Engine) -> None:

@@ -6,15 +6,9 @@ from sqlalchemy import Engine
 
 from app.store import recipes, workers
 from app.store.session import transaction
-from tests import factories
 from tests.routes.conftest import assert_error
 
-pytestmark = pytest.mark.routes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def catalogue(engine: Engine) -> None:
-    factories.publish_catalogue(engine)
+pytestmark = [pytest.mark.routes, pytest.mark.usefixtures("catalogue")]
 
 
 def test_recipes_describe_themselves(client: httpx.Client) -> None:

@@ -26,6 +26,9 @@ from worker.recipe import Progress
 from worker.report import Order
 from worker.trainer.assembly import assemble, start
 
+MLP = {"architecture": "mlp", "hidden": [32]}
+# Adam would hide a gradient that is wrong by a factor.
+SGD = {"optimizer": "sgd", "precision": "float32", "weight_decay": 0.01}
 PATIENCE = timedelta(seconds=60)  # nobody watches over the processes of these tests
 
 

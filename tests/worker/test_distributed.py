@@ -15,7 +15,7 @@ from torch import nn
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
 from tests.worker import partner, sets
-from tests.worker.partner import Turn
+from tests.worker.partner import MLP, SGD, Turn
 from worker.checkpoint import Checkpoints
 from worker.loop import Result
 from worker.parts import distributed
@@ -24,9 +24,6 @@ from worker.report import Message, Saved
 from worker.trainer import assembly
 
 pytestmark = pytest.mark.worker
-MLP = {"architecture": "mlp", "hidden": [32]}
-# Adam would hide a gradient that is wrong by a factor.
-SGD = {"optimizer": "sgd", "precision": "float32", "weight_decay": 0.01}
 
 
 class Partners:

@@ -17,13 +17,11 @@ from app.domain.datasets import DatasetFacts
 from app.domain.errors import ResourceFault
 from tests.worker import sets
 from tests.worker.objectives import Hungry
+from tests.worker.partner import MLP, SGD
 from worker.report import Failed, Finished, Message, Planned, Saved
 from worker.trainer import assembly
 
 pytestmark = pytest.mark.worker
-MLP = {"architecture": "mlp", "hidden": [32]}
-# Adam would hide a gradient that is wrong by a factor.
-SGD = {"optimizer": "sgd", "precision": "float32", "weight_decay": 0.01}
 
 
 def job(**training: Any) -> dict[str, Any]:
