@@ -19,7 +19,7 @@ from tests.worker import sets
 from tests.worker.objectives import Hungry
 from tests.worker.partner import MLP, SGD
 from worker.report import Failed, Finished, Message, Planned, Saved
-from worker.trainer import assembly
+from worker.trainer import assembly, devices
 
 pytestmark = pytest.mark.worker
 
@@ -122,10 +122,10 @@ def test_a_job_gets_a_process_for_each_gpu_and_not_more(
     cuda = torch.device("cuda")
     for gpus, device, found in ((2, cuda, 2), (1, cuda, 1), (2, torch.device("cpu"), 1)):
         order = sets.order({**job(), "resources": {"gpus": gpus}}, many, tmp_path)
-        assert assembly.choose_processes(assembly.read_spec(order.spec)[0], order, device) == found
+        assert devices.choose_processes(assembly.read_spec(order.spec)[0], order, device) == found
     order = sets.order({**job(), "resources": {"gpus": 3}}, many, tmp_path)
     with pytest.raises(ResourceFault, match="3 GPUs are wanted, and this worker gives 2"):
-        assembly.choose_processes(assembly.read_spec(order.spec)[0], order, cuda)
+        devices.choose_processes(assembly.read_spec(order.spec)[0], order, cuda)
 
 
 def test_an_uneven_batch_is_refused_and_the_message_says_what_would_do(many: DatasetFacts, tmp_path: Path) -> None:

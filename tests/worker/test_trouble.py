@@ -20,7 +20,7 @@ from app.domain.spec import Spec
 from tests.worker import sets
 from worker import checkpoint
 from worker.report import Event, Failed, Finished, Order, Planned, Saved
-from worker.trainer import assembly, training
+from worker.trainer import assembly, devices, training
 
 pytestmark = pytest.mark.worker
 
@@ -201,13 +201,13 @@ def test_a_gpu_that_does_not_answer_is_another_workers_chance(
     _, last = failed(sets.order(sets.spec(), digits, tmp_path, device="cuda"))
     assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "device_lost", True)
     spec = Spec.model_validate(sets.spec(resources={"device": "cpu"}))
-    assert assembly.choose_device(spec, sets.order(sets.spec(), digits, tmp_path, device="cuda")).type == "cpu"
+    assert devices.choose_device(spec, sets.order(sets.spec(), digits, tmp_path, device="cuda")).type == "cpu"
     with pytest.raises(ResourceFault, match="asks for a GPU"):
-        assembly.choose_device(
+        devices.choose_device(
             Spec.model_validate(sets.spec(resources={"device": "cuda"})), sets.order(sets.spec(), digits, tmp_path)
         )
     with pytest.raises(SystemFault, match="cuda:1"):
-        assembly.choose_device(
+        devices.choose_device(
             Spec.model_validate(sets.spec()), sets.order(sets.spec(), digits, tmp_path, device="cuda:1")
         )
 

@@ -30,7 +30,9 @@ from worker.recipe import Context, Info, Recipe, Result, Samples
 from worker.report import Finished, MadeFile, Metrics, Order, Reporter
 from worker.ticker import Ticker
 from worker.trainer.announce import announce
-from worker.trainer.assembly import Network, choose_device, choose_network, fits, read_spec, start_backbone
+from worker.trainer.assembly import read_spec
+from worker.trainer.devices import choose_device, fits
+from worker.trainer.network import Network, choose_network, start_backbone
 
 Work = Callable[[str, int, int], None]
 
