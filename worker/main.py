@@ -30,11 +30,12 @@ from app.store.blobs import open_blobs
 from app.store.ids import new_id
 from app.store.session import make_engine, transaction
 from worker import health
+from worker.supervisor.host import Host, Source
 from worker.supervisor.lease import is_outage
-from worker.supervisor.run import Host, Source, work
 from worker.supervisor.slots import Slots, cores, find_gpus
 from worker.supervisor.stage import tidy
 from worker.supervisor.warm import COMMAND, Published, Warm
+from worker.supervisor.work import work
 
 if TYPE_CHECKING:
     from celery import Celery

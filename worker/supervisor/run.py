@@ -1,4 +1,4 @@
-"""One attempt at one job: claim, stage, hand to a warm trainer, relay its reports, publish its files, finish.
+"""One attempt at one job: stage, hand to a warm trainer, relay its reports, publish its files, finish.
 
 The one place where an exception, an exit code or a last word becomes the state of a job. Torch-free.
 """
@@ -6,24 +6,17 @@ The one place where an exception, an exit code or a last word becomes the state 
 import os
 import queue
 import signal
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import structlog
-from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Failure, JobFault, SystemFault
 from app.domain.jobs import Status, Wanted
-from app.settings import Settings
-from app.store import attempts, checkpoints, claims, endings, tables
+from app.store import attempts, checkpoints, endings, tables
 from app.store.attempts import Fenced, Held
-from app.store.blobs import Blobs, Stored
-from app.store.session import transaction
+from app.store.blobs import Stored
 from worker.report import (
     Event,
     Failed,
@@ -37,102 +30,23 @@ from worker.report import (
 )  # fmt: skip
 from worker.supervisor import publish
 from worker.supervisor.deaths import Verdict, failure_of_death, failure_of_supervisor, oom_kills
-from worker.supervisor.lease import Lease, is_outage
-from worker.supervisor.slots import Seat, Slots
+from worker.supervisor.host import Host, Source
+from worker.supervisor.lease import Lease
+from worker.supervisor.outbox import Outbox
+from worker.supervisor.slots import Seat
 from worker.supervisor.stage import Scratch, Staged, stage
-from worker.supervisor.warm import Trainer, Warm
+from worker.supervisor.warm import Trainer
 from worker.supervisor.wire import Wire
 
 log = structlog.get_logger(__name__)
 
-Source = Literal["message", "poll"]
-
-FLUSH_SECONDS = 1.5
-FLUSH_BURST = 3.0  # the first lines of a run go out at once
-FLUSH_ROWS = 20_000
 CANCEL_GRACE_SECONDS = 3.0  # for the trainer to end by itself; nothing it makes would be kept
 EXIT_GRACE_SECONDS = 10.0  # from the last word to the exit
 OUTPUT_TAIL_BYTES = 4000
 
 
-@dataclass
-class Host:
-    """What one worker process has; shared by its runs."""
-
-    settings: Settings
-    engine: Engine
-    blobs: Blobs
-    slots: Slots
-    warm: Warm
-    worker: str  # the id under which it holds jobs
-    threads: int
-    announce: Callable[[str, bool], None]  # tells of a job that can be claimed
-    draining: threading.Event = field(default_factory=threading.Event)
-    drain_at: float = float("inf")  # when a drain began, monotonic
-    runs: dict[str, "Run"] = field(default_factory=dict)
-
-    def drain(self) -> None:
-        """Take no more jobs, and ask the running ones for a checkpoint; safe in a signal handler."""
-        self.drain_at = min(self.drain_at, time.monotonic())
-        self.draining.set()
-
-
-def work(host: Host, source: Source, *, internal: bool) -> int:
-    """Claim and run jobs of one class until there is none, no slot, or the worker drains; give how many were run."""
-    count = 0
-    while not host.draining.is_set() and host.warm.ready.is_set():
-        try:
-            claimed = claim(host, source, internal=internal)
-        except Exception as error:  # the next poll comes soon
-            if is_outage(error):
-                log.warning("the database does not answer", error=str(error))
-            else:
-                log.exception("no job could be claimed")
-            break
-        if claimed is None:
-            break
-        held, job, seat, since = claimed
-        try:
-            Run(host, held, job, seat, source, since).run()
-        finally:
-            host.slots.give_back(seat)
-        count, source = count + 1, "poll"  # what follows was found without a message
-    return count
-
-
-def claim(host: Host, source: Source, *, internal: bool) -> tuple[Held, tables.Job, Seat, float] | None:
-    """Take the best job that fits the free slots, and a seat for it."""
-    with host.slots.claiming(internal=internal) as free:
-        if not free:
-            return None
-        since = time.monotonic()
-        with transaction(host.engine) as session:
-            found = claims.claim(
-                session, worker=host.worker, source=source, internal=internal, devices=host.slots.devices,
-                gpus_free=free if host.slots.gpus else 0, gpus=len(host.slots.gpus),
-                lease_seconds=host.settings.lease_seconds,
-            )  # fmt: skip
-        if found is None:
-            return None
-        held, job = found
-        gpus = 1 if job.device == "cpu" else job.gpus
-        return held, job, host.slots.take(internal=internal, gpus=gpus), since
-
-
 class _NeedNotStart(Exception):
     """The job was cancelled, paused or handed back before there was a trainer."""
-
-
-@dataclass
-class _Pending:
-    """What the trainer said and no transaction has written yet."""
-
-    rows: list[tuple[str, int, float | None]] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    progress: dict[str, Any] | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.rows or self.events or self.progress)
 
 
 class Run:
@@ -148,8 +62,7 @@ class Run:
         )
         self._from_step = 0  # what another plan in the middle of this run would go on from
         self._wire: Wire | None = None
-        self._pending = _Pending()
-        self._credit, self._flushed = FLUSH_BURST, since
+        self._outbox = Outbox(held, self._lease, since)
         self._killed_by_kernel = oom_kills()
 
     def poke(self) -> None:
@@ -170,7 +83,7 @@ class Run:
                     self._give_up(fault.failure("run"))
                 except Exception as error:
                     self._log.exception("the supervisor failed")
-                    self._pending = _Pending()  # it may be what could not be written
+                    self._outbox.clear()  # it may be what could not be written
                     self._give_up(failure_of_supervisor(error))
         except Fenced:
             self._log.warning("the job is no longer ours: closed without a word")
@@ -233,7 +146,7 @@ class Run:
         self._from_step = staged.from_step
         for checkpoint in staged.damaged:
             message = f"The checkpoint of step {checkpoint.step} is damaged; the one before it is used."
-            self._pending.events.append(Event(code="checkpoint.damaged", message=message, level="warning"))
+            self._outbox.events.append(Event(code="checkpoint.damaged", message=message, level="warning"))
 
         def discard(session: Session) -> None:
             self._lease.beat(session)
@@ -261,9 +174,9 @@ class Run:
         """Pass on what the trainer says until its last word; None when it ended without one."""
         while True:
             try:
-                reports = wire.reports.get(timeout=FLUSH_SECONDS if self._pending else None)
+                reports = wire.reports.get(timeout=self._outbox.patience)
             except queue.Empty:
-                self._flush()
+                self._outbox.flush()
                 continue
             if reports is None:
                 return None
@@ -271,8 +184,8 @@ class Run:
                 if isinstance(report, (Finished, Failed)):
                     return report
                 self._hear(wire, report)
-            if self._may_flush():
-                self._flush()
+            if self._outbox.due():
+                self._outbox.flush()
 
     def _hear(self, wire: Wire, report: Report) -> None:
         match report:
@@ -281,11 +194,11 @@ class Run:
             case Saved():
                 self._checkpoint(report)
             case Progress():
-                self._pending.progress = report.model_dump(exclude={"type"})
+                self._outbox.progress = report.model_dump(exclude={"type"})
             case Metrics():
-                self._pending.rows.extend(report.rows)
+                self._outbox.rows.extend(report.rows)
             case Event():
-                self._pending.events.append(report)
+                self._outbox.events.append(report)
             case _:
                 raise AssertionError("a last word is not heard here")
 
@@ -295,10 +208,10 @@ class Run:
                 session, self._held, plan=planned.plan, fingerprint=planned.fingerprint, exact=planned.exact,
                 from_step=self._from_step,
             )  # fmt: skip
-            self._write_pending(session)
+            self._outbox.write(session)
 
         self._lease.write(begin)
-        self._pending = _Pending()
+        self._outbox.clear()
         wire.go()
         self._log.info("running", milliseconds=round((time.monotonic() - self._since) * 1e3))
 
@@ -315,40 +228,16 @@ class Run:
 
         def write(session: Session) -> None:
             # One commit: a checkpoint is never listed before the metrics that led to it.
-            self._write_pending(session)
+            self._outbox.write(session)
             attempts.write_checkpoint(
                 session, self._held, step=saved.step, epoch=saved.epoch, metrics=saved.metrics, best=saved.best,
                 bytes=stored.bytes, sha256=stored.sha256,
             )  # fmt: skip
 
         self._lease.write(write)
-        self._pending, self._from_step = _Pending(), saved.step
+        self._outbox.clear()
+        self._from_step = saved.step
         path.unlink(missing_ok=True)
-
-    def _may_flush(self) -> bool:
-        if not self._pending:
-            return False
-        now = time.monotonic()
-        self._credit = min(FLUSH_BURST, self._credit + (now - self._flushed) / FLUSH_SECONDS)
-        self._flushed = now
-        return self._credit >= 1.0 or len(self._pending.rows) > FLUSH_ROWS
-
-    def _flush(self) -> None:
-        self._credit = max(self._credit - 1.0, 0.0)
-        if self._pending:
-            self._lease.write(self._write_pending)
-            self._pending = _Pending()
-
-    def _write_pending(self, session: Session) -> None:
-        if self._pending.progress is not None:
-            self._lease.progress = self._pending.progress
-        self._lease.beat(session)
-        for event in self._pending.events:
-            attempts.write_event(
-                session, self._held, code=event.code, message=event.message, level=event.level, data=event.data
-            )
-        if self._pending.rows:
-            attempts.write_metrics(session, self._held, self._pending.rows)
 
     def _store(self, path: Path) -> Stored:
         self._lease.check()
@@ -371,7 +260,7 @@ class Run:
         self._lease.check()
         self._log.warning("trainer ended without a last word", verdict=verdict, code=code)
         if verdict == "drained":
-            self._flush()
+            self._outbox.flush()
             self._lease.write(lambda session: endings.release(session, self._held, "drained"))
         elif verdict == "cancelled":
             self._lease.write(lambda session: endings.finish(session, self._held, Status.CANCELLED))
@@ -390,13 +279,13 @@ class Run:
         if output:
             self._log.warning("last output of the trainer", output=output)
             message = "The last lines that the trainer printed."
-            self._pending.events.append(
+            self._outbox.events.append(
                 Event(code="trainer.output", message=message, level="error", data={"output": output})
             )
 
     def _give_up(self, failure: Failure) -> None:
         def give_up(session: Session) -> Status:
-            self._write_pending(session)
+            self._outbox.write(session)
             return endings.give_up(session, self._held, failure)
 
         after = self._lease.write(give_up)
@@ -407,17 +296,17 @@ class Run:
     def _finish(self, finished: Finished) -> None:
         """Store what was made, and commit it together with the end of the job."""
         if finished.outcome == "drained":
-            self._flush()
+            self._outbox.flush()
             self._lease.write(lambda session: endings.release(session, self._held, "drained"))
             return
         if finished.outcome == "children":
-            self._flush()
+            self._outbox.flush()
             self._lease.write(lambda session: endings.insert_children(session, self._held, list(finished.children)))
             return
         made = publish.store(finished, self._scratch, self._store)
 
         def finish(session: Session) -> tuple[Status, str | None]:
-            self._write_pending(session)
+            self._outbox.write(session)
             return publish.finish(session, self._held, self._job, finished, made)
 
         after, model_id = self._lease.write(finish)

@@ -11,7 +11,7 @@ from app.store.blobs import open_blobs
 from app.store.session import make_engine
 from tests.databases import Copy, template
 from tests.fakes import COMMAND
-from worker.supervisor.run import Host
+from worker.supervisor.host import Host
 from worker.supervisor.slots import Slots
 from worker.supervisor.warm import Warm
 

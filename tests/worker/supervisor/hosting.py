@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Engine, select, update
 
@@ -12,7 +12,9 @@ from app.store.blobs import Blobs
 from app.store.session import transaction
 from tests.factories import make_job, make_project
 from tests.waiting import until
-from worker.supervisor.run import Host, work
+from worker.supervisor.host import Host
+from worker.supervisor.run import Run
+from worker.supervisor.work import work
 
 
 def submit(engine: Engine, *, columns: dict[str, Any] | None = None, **fake: Any) -> str:
@@ -77,8 +79,13 @@ def running(host: Host, job_id: str, step: int = 2) -> Iterator["Future[int]"]:
         future.result(30)
 
 
+def run_of(host: Host, job_id: str) -> Run:
+    """Give the run of a job that is under way."""
+    return cast(Run, host.runs[job_id])
+
+
 def trainer_of(host: Host, job_id: str) -> int:
     """Give the process id of the trainer that runs a job now."""
-    wire = host.runs[job_id]._wire
+    wire = run_of(host, job_id)._wire
     assert wire is not None
     return wire._trainer.pid

@@ -30,7 +30,8 @@ from tests.worker.supervisor.hosting import (
     trainer_of,
     weights_of,
 )
-from worker.supervisor.run import Host, work
+from worker.supervisor.host import Host
+from worker.supervisor.work import work
 
 pytestmark = pytest.mark.worker
 

@@ -11,7 +11,8 @@ from app.store.session import transaction
 from tests import fakes
 from tests.factories import make_dataset, make_job, make_project
 from tests.worker.supervisor.hosting import events_of, job_of, set_job
-from worker.supervisor.run import Host, work
+from worker.supervisor.host import Host
+from worker.supervisor.work import work
 
 pytestmark = pytest.mark.worker
 

@@ -18,12 +18,14 @@ from tests.worker.supervisor.hosting import (
     events_of,
     job_of,
     rows_of,
+    run_of,
     running,
     set_job,
     submit,
     weights_of,
 )
-from worker.supervisor.run import Host, work
+from worker.supervisor.host import Host
+from worker.supervisor.work import work
 
 pytestmark = pytest.mark.worker
 
@@ -141,7 +143,7 @@ def test_endless_output_is_cut(host: Host, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(worker.supervisor.wire, "LOG_BYTES", 1000)
     job_id = submit(host.engine, steps=10_000, step_seconds=0.01, output_bytes=100_000)
     with running(host, job_id):
-        log = host.runs[job_id]._scratch.log
+        log = run_of(host, job_id)._scratch.log
         until(lambda: log.stat().st_size < 1000)
         set_job(host.engine, job_id, wanted="cancel")
     assert job_of(host.engine, job_id).status == Status.CANCELLED

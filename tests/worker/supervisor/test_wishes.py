@@ -9,7 +9,8 @@ from app.store import tables
 from tests.fakes import digest_after
 from tests.waiting import dead
 from tests.worker.supervisor.hosting import again, job_of, rows_of, running, set_job, submit, trainer_of, weights_of
-from worker.supervisor.run import Host, work
+from worker.supervisor.host import Host
+from worker.supervisor.work import work
 
 pytestmark = pytest.mark.worker
 
