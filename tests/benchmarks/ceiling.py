@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.benchmarks.pairs import Bench, Numbers, Pair, workload
 from tests.benchmarks.sides import THREADS, ours, run
+from tests.benchmarks.specs import fine_tune
 
 SECONDS = 15.0
 
@@ -27,12 +28,8 @@ def asked(spec: Numbers, bench: Bench, folder: Path, model: Path | None = None) 
 
 def _against(bench: Bench, architecture: str) -> Pair:
     folder = bench.part(10_000)
-    spec = {
-        "recipe": "image_classification", "model": {"architecture": architecture, "image_size": 32},
-        "params": {"trainable": "all", "augmentation": "standard"}, "data": {"validation_fraction": 0.0},
-        "training": {"epochs": 1000, "batch_size": 128, "max_seconds": SECONDS, "seed": bench.seed,
-                     "checkpoint_every": 1_000_000},
-    }  # fmt: skip
+    network = {"architecture": architecture, "image_size": 32}
+    spec = fine_tune(bench, network, epochs=1000, batch_size=128, max_seconds=SECONDS)
     engine = ours(spec, bench, folder)["samples_per_second"]
     most = run("ceiling", {**asked(spec, bench, folder), "what": "step"})[-1]
     return Pair(engine, most["samples_per_second"], more={"augmented_ceiling": most["augmented_samples_per_second"]})

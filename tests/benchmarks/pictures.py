@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.benchmarks.pairs import Bench, Numbers, Pair, workload
 from tests.benchmarks.sides import THREADS, ours, run
+from tests.benchmarks.specs import fine_tune
 
 SECONDS = 6.0
 BATCH = 256
@@ -41,11 +42,7 @@ def grey(bench: Bench, train: int, *, size: int) -> Path:
 def first_epoch(bench: Bench) -> Pair:
     """First epoch with a cold cache (ingest done), against the bare decoder on the same threads and a warm epoch."""
     folder = bench.part(min(bench.samples(), 20_000))
-    spec = {
-        "recipe": "image_classification", "model": {"architecture": "small_cnn", "image_size": 32},
-        "params": {"trainable": "all", "augmentation": "standard"}, "data": {"validation_fraction": 0.0},
-        "training": {"epochs": 2, "batch_size": 256, "seed": bench.seed, "checkpoint_every": 1_000_000},
-    }  # fmt: skip
+    spec = fine_tune(bench, {"architecture": "small_cnn", "image_size": 32}, epochs=2, batch_size=256)
     bare = run("pictures", {"what": "decode", "folder": str(folder), "threads": THREADS})[-1]["seconds"]
     first, second = ours(spec, bench, folder, cache=bench.work / f"cold-{bench.seed}")["epoch_ends"]
     warm = second["seconds"] - first["seconds"]

@@ -10,20 +10,14 @@ from typing import Any
 
 from tests.benchmarks.pairs import Bench, Numbers, Pair, workload
 from tests.benchmarks.sides import naive, ours, run
-
-NEVER = 1_000_000
+from tests.benchmarks.specs import NEVER, SGD, fine_tune
 
 
 @workload("quality_finetune_resnet18_32", "accuracy", 0.5, "quality")
 def finetune(bench: Bench) -> Pair:
     """Test accuracy of the full fine-tune after equal epochs: 2,500 pictures, 6 epochs, sgd, cosine."""
     architecture, folder = {"architecture": "resnet18", "image_size": 32}, bench.part(2500, 5000)
-    spec = {
-        "recipe": "image_classification", "model": architecture, "data": {"validation_fraction": 0.0},
-        "params": {"trainable": "all", "augmentation": "standard"},
-        "training": {"epochs": 6, "batch_size": 128, "learning_rate": 0.05, "optimizer": {"name": "sgd"},
-                     "weight_decay": 5e-4, "seed": bench.seed, "checkpoint_every": NEVER},
-    }  # fmt: skip
+    spec = fine_tune(bench, architecture, epochs=6, batch_size=128, **SGD)
     mine = ours(spec, bench, folder)["accuracy"]
     theirs = naive({**architecture, "workload": "classification", "folder": str(folder), "batch_size": 128,
                     "epochs": 6, "seed": bench.seed, "evaluate": True})["accuracy"]  # fmt: skip
@@ -37,9 +31,8 @@ def simclr(bench: Bench) -> Pair:
     kept = bench.work / f"simclr-{bench.seed}"
     spec = {
         "recipe": "simclr", "model": architecture, "params": {"crop_min_scale": 0.08, "colour_strength": 0.5},
-        "training": {"epochs": 6, "batch_size": 128, "learning_rate": 0.06, "optimizer": {"name": "sgd"},
-                     "weight_decay": 5e-4, "schedule": "constant", "warmup_fraction": 0.0, "seed": bench.seed,
-                     "checkpoint_every": NEVER},
+        "training": {**SGD, "epochs": 6, "batch_size": 128, "learning_rate": 0.06, "schedule": "constant",
+                     "warmup_fraction": 0.0, "seed": bench.seed, "checkpoint_every": NEVER},
     }  # fmt: skip
     ours(spec, bench, folder, keep=kept)
     naive({**architecture, "workload": "simclr", "folder": str(folder), "batch_size": 128, "epochs": 6,

@@ -1,29 +1,19 @@
 """Rates and times of training: each function runs one pair and says what it compared."""
 
 from pathlib import Path
-from typing import Any
 
 from tests.benchmarks import ceiling, clusters, pictures, quality, service, to_85
 from tests.benchmarks.pairs import WORKLOADS, Bench, Numbers, Pair, workload
 from tests.benchmarks.sides import MODEL, naive, ours, run
+from tests.benchmarks.specs import NEVER, SGD, fine_tune
 
 __all__ = ["WORKLOADS", "ceiling", "clusters", "pictures", "quality", "service", "to_85"]  # importing them fills it
 
 SECONDS = 15.0  # of training per side, where a rate is compared
-NEVER = 1_000_000
-
-
-def _training(bench: Bench, **more: Any) -> Numbers:
-    sgd = {"learning_rate": 0.05, "optimizer": {"name": "sgd"}, "weight_decay": 5e-4}
-    return {"seed": bench.seed, "checkpoint_every": NEVER, **sgd, **more}
 
 
 def _rate(bench: Bench, architecture: Numbers, batch: int, seconds: float = SECONDS) -> Pair:
-    spec = {
-        "recipe": "image_classification", "model": architecture, "data": {"validation_fraction": 0.0},
-        "params": {"trainable": "all", "augmentation": "standard"},
-        "training": _training(bench, epochs=1000, batch_size=batch, max_seconds=seconds),
-    }  # fmt: skip
+    spec = fine_tune(bench, architecture, epochs=1000, batch_size=batch, max_seconds=seconds, **SGD)
     folder = bench.part(10_000)
     fast = ours(spec, bench, folder)
     asked = {**architecture, "workload": "classification", "folder": str(folder), "batch_size": batch,
@@ -53,10 +43,7 @@ def trunk(bench: Bench, architecture: Numbers) -> Path:
     """Give the folder of a backbone that both sides start from, trained by ours for a short while, once."""
     kept = bench.work / f"trunk-{architecture['architecture']}-{architecture['image_size']}"
     if not kept.exists():
-        spec = {
-            "recipe": "image_classification", "model": architecture, "data": {"validation_fraction": 0.0},
-            "params": {"trainable": "all", "augmentation": "light"}, "training": _training(bench, epochs=4),
-        }  # fmt: skip
+        spec = fine_tune(bench, architecture, augmentation="light", epochs=4, **SGD)
         ours(spec, bench, bench.part(4000), keep=kept)
     return kept
 
@@ -76,11 +63,9 @@ def _frozen(bench: Bench, trainable: str, samples: int) -> Pair:
 
 
 def _frozen_spec(bench: Bench, trainable: str, epochs: int) -> Numbers:
-    return {
-        "recipe": "image_classification", "model": MODEL, "data": {"validation_fraction": 0.0},
-        "params": {"trainable": trainable, "augmentation": "none"},
-        "training": _training(bench, epochs=epochs, batch_size=128),
-    }  # fmt: skip
+    return fine_tune(
+        bench, MODEL, trainable=trainable, augmentation="none", epochs=epochs, batch_size=128, **SGD
+    )  # fmt: skip
 
 
 @workload("head_resnet18_64_10_epochs", "s", 25, "time")
@@ -108,7 +93,8 @@ def head_over_forward(bench: Bench) -> Pair:
 
 def _simclr(bench: Bench, architecture: Numbers, seconds: float) -> Pair:
     folder = bench.part(10_000)
-    training = _training(bench, epochs=1000, batch_size=128, learning_rate=0.06, max_seconds=seconds)
+    training = {**SGD, "epochs": 1000, "batch_size": 128, "learning_rate": 0.06, "max_seconds": seconds,
+                "seed": bench.seed, "checkpoint_every": NEVER}  # fmt: skip
     spec = {"recipe": "simclr", "model": architecture, "training": training}
     fast = ours(spec, bench, folder)
     asked = {**architecture, "workload": "simclr", "folder": str(folder), "batch_size": 128,
