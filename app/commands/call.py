@@ -43,6 +43,9 @@ KeyOption = Annotated[
     str | None,
     typer.Option("--key", envvar="TUNEYARD_KEY", help="API key.", show_default="that of the home"),
 ]
+# What every `list` takes.
+Limit = Annotated[int, typer.Option(min=1, max=100, help="How many.")]
+After = Annotated[str | None, typer.Option(help="Go on after this id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON on standard output, and nothing else there.")]
 
 

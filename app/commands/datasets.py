@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from app.client import Misplaced
 from app.commands import bars, tables, units
-from app.commands.call import Call, Exit, command
+from app.commands.call import After, Call, Exit, Limit, command
 from app.commands.references import dataset_id
 
 group = typer.Typer(no_args_is_help=True, help="Upload data, see what was made of it.")
@@ -57,8 +57,8 @@ def _await(call: Call, made: Any) -> Any:
 def list_(
     call: Call,
     name: Annotated[str | None, typer.Option(help="Only this name.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
-    after: Annotated[str | None, typer.Option(help="Go on after this id.")] = None,
+    limit: Limit = 20,
+    after: After = None,
 ) -> None:
     """List datasets, newest first."""
     page = call.client.datasets.list(name=name, limit=limit, after=after)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from app.client import ENDED, Misplaced
 from app.commands import tables, units
 from app.commands.bars import JobBoard, job_fraction
-from app.commands.call import Call, command
+from app.commands.call import After, Call, Limit, command
 from app.commands.references import dataset_id
 from app.commands.watching import report_end, watch
 
@@ -104,8 +104,8 @@ def list_(
     status: Annotated[str | None, typer.Option(help="Only this status.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Only this recipe.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only this kind: pretrain, finetune, apply, internal.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
-    after: Annotated[str | None, typer.Option(help="Go on after this id.")] = None,
+    limit: Limit = 20,
+    after: After = None,
 ) -> None:
     """List jobs, newest first."""
     page = call.client.jobs.list(status=status, recipe=recipe, kind=kind, limit=limit, after=after)

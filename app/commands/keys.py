@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from app.commands import tables, units
-from app.commands.call import Call, command
+from app.commands.call import After, Call, Limit, command
 
 group = typer.Typer(no_args_is_help=True, help="API keys.")
 
@@ -30,11 +30,7 @@ def create(
 
 
 @command(group, "list")
-def list_(
-    call: Call,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
-    after: Annotated[str | None, typer.Option(help="Go on after this id.")] = None,
-) -> None:
+def list_(call: Call, limit: Limit = 20, after: After = None) -> None:
     """List keys, newest first."""
     page = call.client.keys.list(limit=limit, after=after)
     call.out.answer(page, lambda: show_list(page["data"]))

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from app.commands import bars, tables, units
-from app.commands.call import Call, Exit, command
+from app.commands.call import After, Call, Exit, Limit, command
 from app.commands.references import model_id
 
 group = typer.Typer(no_args_is_help=True, help="Trained weights: find, download, bring in.")
@@ -22,8 +22,8 @@ def list_(
     call: Call,
     name: Annotated[str | None, typer.Option(help="Only this name.")] = None,
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
-    after: Annotated[str | None, typer.Option(help="Go on after this id.")] = None,
+    limit: Limit = 20,
+    after: After = None,
 ) -> None:
     """List models, newest first."""
     page = call.client.models.list(name=name, task=task, limit=limit, after=after)

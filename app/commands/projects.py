@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from app.commands import tables, units
-from app.commands.call import Call, command
+from app.commands.call import After, Call, Limit, command
 
 group = typer.Typer(no_args_is_help=True, help="Projects; for operators.")
 
@@ -20,11 +20,7 @@ def create(call: Call, name: Annotated[str, typer.Argument(help="Name of the pro
 
 
 @command(group, "list")
-def list_(
-    call: Call,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
-    after: Annotated[str | None, typer.Option(help="Go on after this id.")] = None,
-) -> None:
+def list_(call: Call, limit: Limit = 20, after: After = None) -> None:
     """List projects, newest first."""
     page = call.client.projects.list(limit=limit, after=after)
     call.out.answer(page, lambda: show_list(page["data"]))
