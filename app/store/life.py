@@ -23,6 +23,20 @@ class Lease:
     source: str  # "message" or "poll"
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One step of a job's life, and what is to be written with it."""
+
+    after: Status
+    actor: Actor
+    reason: str | None = None
+    failure: Failure | None = None
+    delay_seconds: float = 0
+    wanted: Wanted | None = None
+    counts_as_loss: bool = False
+    lease: Lease | None = None
+
+
 def lock(session: Session, job_id: str) -> tables.Job | None:
     """Read a job as it is now and keep its row locked until the commit; whoever decides about a job does this first."""
     return session.scalar(
@@ -66,8 +80,7 @@ def move(
     Raises:
         Conflict: the actor may not make this move, or the row is no longer as `job` shows it.
     """
-    _apply(session, job, after, actor=actor, reason=reason, failure=failure, delay_seconds=delay_seconds,
-           wanted=wanted, counts_as_loss=counts_as_loss, lease=lease)  # fmt: skip
+    _apply(session, job, _Step(after, actor, reason, failure, delay_seconds, wanted, counts_as_loss, lease))
     if after in TERMINAL:
         free_those_who_wait(session, job)
 
@@ -86,8 +99,7 @@ def free_those_who_wait(session: Session, job: tables.Job) -> None:
         for dependant in _dependants(session, job):
             if decision.status is Status.QUEUED:
                 dependant.base_model_id = job.model_id
-            _apply(session, dependant, decision.status, actor=Actor.SWEEP, reason=decision.reason,
-                   failure=decision.failure)  # fmt: skip
+            _apply(session, dependant, _Step(decision.status, Actor.SWEEP, decision.reason, decision.failure))
             if decision.status in TERMINAL:
                 ended.append(dependant)
         if job.parent_id is not None:
@@ -103,7 +115,7 @@ def go_on_after_children(session: Session, *, parent_id: str | None = None, limi
     if parent_id is not None:
         parents = parents.where(tables.Job.id == parent_id)
     for parent in _unheld(session, parents.limit(limit)):
-        _apply(session, parent, Status.QUEUED, actor=Actor.SWEEP, reason="children_finished")
+        _apply(session, parent, _Step(Status.QUEUED, Actor.SWEEP, "children_finished"))
 
 
 def waiting_for_a_model() -> ColumnElement[bool]:
@@ -119,63 +131,39 @@ def _unheld(session: Session, jobs: Select[tables.Job]) -> Sequence[tables.Job]:
     return session.scalars(jobs.with_for_update(skip_locked=True).execution_options(populate_existing=True)).all()
 
 
-def _apply(
-    session: Session,
-    job: tables.Job,
-    after: Status,
-    *,
-    actor: Actor,
-    reason: str | None = None,
-    failure: Failure | None = None,
-    delay_seconds: float = 0,
-    wanted: Wanted | None = None,
-    counts_as_loss: bool = False,
-    lease: Lease | None = None,
-) -> None:
+def _apply(session: Session, job: tables.Job, step: _Step) -> None:
     """Make one move, without what follows for other jobs."""
-    before = Status(job.status)
-    if not permitted(before, after, actor):
+    before, after = Status(job.status), step.after
+    if not permitted(before, after, step.actor):
         raise Conflict(f"A job that is {before} cannot become {after}.", code="illegal_transition", status=str(before))
-    if (lease is not None) != (after is Status.STARTING):
+    if (step.lease is not None) != (after is Status.STARTING):
         raise ValueError("a lease is taken with the move to `starting`, and only then")
     session.flush()
-    _write(session, job, before, after, reason=reason, failure=failure, delay_seconds=delay_seconds, wanted=wanted,
-           counts_as_loss=counts_as_loss, lease=lease)  # fmt: skip
-    if lease is not None:
+    _write(session, job, before, step)
+    if step.lease is not None:
         session.add(
-            tables.Attempt(job_id=job.id, attempt=job.attempt, worker=lease.worker, source=lease.source)
-        )  # fmt: skip
+            tables.Attempt(job_id=job.id, attempt=job.attempt, worker=step.lease.worker, source=step.lease.source)
+        )
     elif before in HELD and after not in HELD:
-        _close_attempt(session, job, after, actor=actor, reason=reason, failure=failure)
-    _tell(session, job, after, failure=failure)
-    if after is Status.QUEUED and not delay_seconds:
+        _close_attempt(session, job, step)
+    _tell(session, job, after, failure=step.failure)
+    if after is Status.QUEUED and not step.delay_seconds:
         _wake(session, job)
     if after in TERMINAL:
         _fail_what_it_was_making(session, job, after)
 
 
-def _write(
-    session: Session,
-    job: tables.Job,
-    before: Status,
-    after: Status,
-    *,
-    reason: str | None,
-    failure: Failure | None,
-    delay_seconds: float,
-    wanted: Wanted | None,
-    counts_as_loss: bool,
-    lease: Lease | None,
-) -> None:
-    values: dict[str, Any] = {"status": after, "status_reason": reason}
+def _write(session: Session, job: tables.Job, before: Status, step: _Step) -> None:
+    after, failure, lease = step.after, step.failure, step.lease
+    values: dict[str, Any] = {"status": after, "status_reason": step.reason}
     if failure is not None and after is Status.FAILED:
-        values |= {"error": failure.to_json(), "status_reason": reason or failure.code}
-    if wanted is not None:
-        values["wanted"] = wanted
-    if counts_as_loss:
+        values |= {"error": failure.to_json(), "status_reason": step.reason or failure.code}
+    if step.wanted is not None:
+        values["wanted"] = step.wanted
+    if step.counts_as_loss:
         values["losses"] = tables.Job.losses + 1
     if after is Status.QUEUED:
-        values["not_before"] = Now() + delay_seconds if delay_seconds else 0.0
+        values["not_before"] = Now() + step.delay_seconds if step.delay_seconds else 0.0
     if after in TERMINAL:
         values["finished_at"] = Now()
     if lease is not None:
@@ -199,23 +187,21 @@ def _write(
         set_committed_value(job, name, getattr(row, name))
 
 
-def _close_attempt(
-    session: Session, job: tables.Job, after: Status, *, actor: Actor, reason: str | None, failure: Failure | None
-) -> None:
-    if actor is Actor.SWEEP:
+def _close_attempt(session: Session, job: tables.Job, step: _Step) -> None:
+    if step.actor is Actor.SWEEP:
         outcome = "lost"
-    elif failure is not None:
+    elif step.failure is not None:
         outcome = "failed"
-    elif after is Status.QUEUED:
-        outcome = reason or "queued"
+    elif step.after is Status.QUEUED:
+        outcome = step.reason or "queued"
     else:
-        outcome = str(after)
+        outcome = str(step.after)
     closed = session.execute(
         update(tables.Attempt)
         .where(
             tables.Attempt.job_id == job.id, tables.Attempt.attempt == job.attempt, tables.Attempt.closed_at.is_(None)
         )
-        .values(closed_at=Now(), outcome=outcome[:16], error=failure.to_json() if failure else None)
+        .values(closed_at=Now(), outcome=outcome[:16], error=step.failure.to_json() if step.failure else None)
         .execution_options(synchronize_session=False)
     )
     assert cast("CursorResult[Any]", closed).rowcount == 1, "a held job has exactly one open attempt"
