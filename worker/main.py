@@ -32,9 +32,10 @@ from app.store.session import make_engine, transaction
 from worker import health
 from worker.supervisor.host import Host, Source
 from worker.supervisor.lease import is_outage
+from worker.supervisor.server import Published
 from worker.supervisor.slots import Slots, cores, find_gpus
 from worker.supervisor.stage import tidy
-from worker.supervisor.warm import COMMAND, Published, Warm
+from worker.supervisor.warm import COMMAND, Warm
 from worker.supervisor.work import work
 
 if TYPE_CHECKING:

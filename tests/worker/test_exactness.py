@@ -15,7 +15,7 @@ import pytest
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
-from worker.parts import tuning
+from worker.parts import machine
 from worker.report import Event, Finished, Order, Planned, Saved, read_report
 
 pytestmark = pytest.mark.worker
@@ -157,7 +157,7 @@ def paused(coloured: DatasetFacts, tmp_path_factory: pytest.TempPathFactory) -> 
     return order, heard.of(Planned)[0], str(Path(order.scratch) / heard.of(Saved)[0].file)
 
 
-@pytest.mark.parametrize("differs", [*sorted(tuning.fingerprint("cpu")), "a new entry", "an entry of old", "device"])
+@pytest.mark.parametrize("differs", [*sorted(machine.fingerprint("cpu")), "a new entry", "an entry of old", "device"])
 def test_elsewhere_it_goes_on_and_says_that_it_is_not_exact(
     differs: str, paused: tuple[Order, Planned, str], coloured: DatasetFacts, tmp_path: Path
 ) -> None:

@@ -10,9 +10,10 @@ import torch
 from app.domain.spec import Training
 from app.local import compute
 from worker import ingest
-from worker.parts import memo, tuning
+from worker.parts import machine, memo, tuning
+from worker.parts.machine import Hardware
 from worker.parts.memo import Memo, Row
-from worker.parts.tuning import Hardware, Plan, Workload
+from worker.parts.tuning import Plan, Workload
 from worker.report import Reporter
 from worker.trainer import tune
 from worker.trainer.assembly import assemble
@@ -122,7 +123,7 @@ def test_measuring_writes_the_memo_of_this_host(tmp_path: Path, capsys: pytest.C
     *rows, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert last["memo"] == str(tmp_path / memo.NAME)
     assert [row["done"] for row in rows] == list(range(1, rows[0]["of"] + 1))
-    found = memo.read(tmp_path, "cpu", tuning.fingerprint("cpu"))
+    found = memo.read(tmp_path, "cpu", machine.fingerprint("cpu"))
     assert found is not None
     assert len(found.rows) == len(rows)
     assert {row.family for row in found.rows} == {"convolutional", "mlp", "vit"}
@@ -134,7 +135,7 @@ def test_a_run_follows_the_memo_of_its_host_and_a_later_attempt_its_first_plan(t
     spec = {"recipe": "image_classification", "model": {"architecture": "small_cnn", "width": 0.25}}
     order = local_order(spec, data.facts, tmp_path / "scratch", cache, threads=2)
     assert assemble(order, Reporter()).plan.threads == 2
-    memo.write(cache, "cpu", measured().model_copy(update={"fingerprint": tuning.fingerprint("cpu")}))
+    memo.write(cache, "cpu", measured().model_copy(update={"fingerprint": machine.fingerprint("cpu")}))
     made = assemble(order, Reporter())
     assert (made.plan.precision, made.plan.threads, torch.get_num_threads()) == ("float32", 1, 1)
     assert made.plan.reasons["precision"].startswith("measured on this host on 2026-11-22")
@@ -161,7 +162,7 @@ def test_the_doctor_measures_in_a_process_of_its_own(tmp_path: Path) -> None:
     *rows, last = compute.measure(tmp_path, 1, seconds=0.1)
     assert last["memo"] == str(tmp_path / memo.NAME)
     assert all(said["row"]["samples_per_second"] > 0 for said in rows)
-    assert memo.read(tmp_path, last["device"], tuning.fingerprint(last["device"])) is not None
+    assert memo.read(tmp_path, last["device"], machine.fingerprint(last["device"])) is not None
 
 
 def test_a_measurement_that_cannot_run_says_why(tmp_path: Path) -> None:

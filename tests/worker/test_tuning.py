@@ -7,8 +7,9 @@ import pytest
 
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
-from worker.parts import tuning
-from worker.parts.tuning import Hardware, Plan, Workload
+from worker.parts import machine, tuning
+from worker.parts.machine import Hardware
+from worker.parts.tuning import Plan, Workload
 
 pytestmark = pytest.mark.unit
 AMD = Hardware("cpu", threads=2, bfloat16=True, compiler=True)
@@ -105,9 +106,9 @@ def test_rates_follow_the_batch() -> None:
 
 
 def test_this_machine_can_be_looked_at() -> None:
-    seen = tuning.look("cpu", 3)
+    seen = machine.look("cpu", 3)
     assert (seen.device, seen.threads) == ("cpu", 3)
-    assert seen == tuning.look("cpu", 3)
-    found = tuning.fingerprint("cpu")
-    assert found == tuning.fingerprint("cpu")
+    assert seen == machine.look("cpu", 3)
+    found = machine.fingerprint("cpu")
+    assert found == machine.fingerprint("cpu")
     assert {"torch", "processor", "instructions"} <= set(found)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from app.domain.errors import UserFault
-from worker.parts.tuning import has_bfloat16
+from worker.parts.machine import has_bfloat16
 
 CHUNK = {"cpu": 2**19, "cuda": 2**26}  # numbers that are worked on at once: what a core's cache holds; 256 MiB
 FAST_FROM = 2**26  # products of one iteration; below, another copy of the points is not worth making

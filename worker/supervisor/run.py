@@ -33,9 +33,9 @@ from worker.supervisor.deaths import Verdict, failure_of_death, failure_of_super
 from worker.supervisor.host import Host, Source
 from worker.supervisor.lease import Lease
 from worker.supervisor.outbox import Outbox
+from worker.supervisor.server import Trainer
 from worker.supervisor.slots import Seat
 from worker.supervisor.stage import Scratch, Staged, stage
-from worker.supervisor.warm import Trainer
 from worker.supervisor.wire import Wire
 
 log = structlog.get_logger(__name__)

@@ -31,7 +31,7 @@ from worker.report import (
     read_report,
 )  # fmt: skip
 from worker.supervisor.deaths import Verdict
-from worker.supervisor.warm import Trainer
+from worker.supervisor.server import Trainer
 
 LINE_BYTES = 64 * 2**20  # a report of an ingest may name a hundred thousand bad files
 BACKLOG = 10_000

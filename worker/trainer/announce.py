@@ -2,7 +2,7 @@
 
 import torch
 
-from worker.parts import tuning
+from worker.parts import machine
 from worker.parts.tuning import Plan
 from worker.report import Order, Reporter
 
@@ -15,7 +15,7 @@ def announce(
     Args:
         first: the plan of the attempt before.
     """
-    found = tuning.fingerprint(device.type)
+    found = machine.fingerprint(device.type)
     before = order.fingerprint
     differs = sorted(
         key for key in {*found, *(before or {})} if before is not None and before.get(key) != found.get(key)

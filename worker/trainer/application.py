@@ -23,7 +23,7 @@ from worker.data.shelf import Shelf
 from worker.data.source import Data, ahead, in_order, part
 from worker.data.split import reduced, split_labels
 from worker.ingest import Interrupted
-from worker.parts import backbones, compute, networks, tuning
+from worker.parts import backbones, compute, machine, networks, tuning
 from worker.parts.seed import derive
 from worker.parts.tuning import Plan
 from worker.recipe import Context, Info, Recipe, Result, Samples
@@ -64,7 +64,7 @@ def run(order: Order, reporter: Reporter) -> Finished:
         samples=max(sum(facts.splits.values()), 1), pretrained=True,
     )  # fmt: skip
     plan = given or tuning.resolve(
-        spec.training.model_copy(update={"epochs": 1, "steps": None}), work, tuning.look(device.type, threads),
+        spec.training.model_copy(update={"epochs": 1, "steps": None}), work, machine.look(device.type, threads),
         mean=normal[0], std=normal[1],
     )  # fmt: skip
     announce(plan, device, order, reporter)

@@ -18,7 +18,7 @@ from worker.data import features
 from worker.data.images import Images, Streamed, open_images
 from worker.data.shelf import Shelf
 from worker.data.source import Data, Source, in_order
-from worker.parts import backbones, compute, memo, tuning
+from worker.parts import backbones, compute, machine, memo, tuning
 from worker.parts.recompute import recompute_stages
 from worker.parts.seed import derive, reseed
 from worker.parts.tuning import Plan
@@ -74,8 +74,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     network = choose_network(spec, order, facts)
     check_family(recipe, network)
     size, channels = network.image_size, network.channels
-    hardware = tuning.look(device.type, order.threads)
-    measured = memo.read(Path(order.cache), device.type, tuning.fingerprint(device.type)) if plan is None else None
+    hardware = machine.look(device.type, order.threads)
+    measured = memo.read(Path(order.cache), device.type, machine.fingerprint(device.type)) if plan is None else None
     family = network.facts["family"]
     threads = plan.threads if plan is not None else tuning.thread_count(family, size, hardware, measured)[0]
     torch.set_num_threads(threads)

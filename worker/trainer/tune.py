@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.spec import Training
-from worker.parts import backbones, compute, memo, optim, tuning
+from worker.parts import backbones, compute, machine, memo, optim, tuning
+from worker.parts.machine import Hardware
 from worker.parts.memo import Memo, MemoryFormat, Precision, Row
-from worker.parts.tuning import Hardware, Plan, Workload
+from worker.parts.tuning import Plan, Workload
 
 SECONDS = 20.0  # for everything but compiling
 CLASSES = 10
@@ -161,13 +162,13 @@ def main(arguments: Sequence[str] | None = None, *, rate: Rate = rate_of) -> int
     parser.add_argument("--compile", action="store_true", help="compile each network too; half a minute each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
-    hardware = tuning.look(given.device, given.threads)
+    hardware = machine.look(given.device, given.threads)
     total, rows = len(ways(hardware, compiled=given.compile)), list[Row]()
     for row in measure(hardware, compiled=given.compile, seconds=given.seconds, rate=rate):
         rows.append(row)
         print(json.dumps({"row": row.model_dump(), "done": len(rows), "of": total}), flush=True)
     found = Memo(
-        date=datetime.now(UTC).date().isoformat(), fingerprint=tuning.fingerprint(given.device), rows=tuple(rows)
+        date=datetime.now(UTC).date().isoformat(), fingerprint=machine.fingerprint(given.device), rows=tuple(rows)
     )
     path = memo.write(given.cache, hardware.device, found)
     print(json.dumps({"memo": str(path), "device": hardware.device, "date": found.date}), flush=True)

@@ -16,7 +16,9 @@ from app.domain.errors import SystemFault
 from tests.fakes import COMMAND
 from tests.waiting import dead, until
 from worker.report import Go, Limits, Order
-from worker.supervisor.warm import KILLED, Trainer, Warm, clean_environment
+from worker.supervisor.environment import clean_environment
+from worker.supervisor.server import KILLED, Trainer
+from worker.supervisor.warm import Warm
 
 pytestmark = pytest.mark.worker
 

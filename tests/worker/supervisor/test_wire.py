@@ -12,7 +12,7 @@ import pytest
 import worker.supervisor.wire
 from tests.waiting import until
 from worker.report import Event, Finished, Metrics, Planned, Progress, Wish
-from worker.supervisor.warm import KILLED, Trainer
+from worker.supervisor.server import KILLED, Trainer
 from worker.supervisor.wire import Wire
 
 pytestmark = pytest.mark.unit

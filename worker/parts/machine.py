@@ -1,0 +1,81 @@
+"""The machine that a run is on: what choices may depend on, and what its bits depend on."""
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The class of machine; two machines that compare equal give the same plan."""
+
+    device: Literal["cpu", "cuda"]
+    threads: int
+    bfloat16: bool
+    compiler: bool
+    onednn_is_exact: bool = True
+    memory_bytes: int = 8 * 2**30
+
+
+def look(device: str, threads: int) -> Hardware:
+    """Look at this machine; nothing is measured but the rounding of one product."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+    if device.startswith("cuda"):
+        return Hardware(
+            "cuda", threads, bfloat16=torch.cuda.get_device_capability(device) >= (8, 0), compiler=compiler,
+            memory_bytes=torch.cuda.get_device_properties(device).total_memory,
+        )  # fmt: skip
+    return Hardware(
+        "cpu", threads, bfloat16=has_bfloat16(), compiler=compiler, onednn_is_exact=_onednn_is_exact(),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    )  # fmt: skip
+
+
+def has_bfloat16() -> bool:
+    """Say whether this CPU multiplies bfloat16 in hardware."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_cpuinfo("flags", "Features").split()))
+
+
+def _onednn_is_exact() -> bool:
+    """Compare one product under `medium` with float64: a machine with AMX may really round to bfloat16 (2.9e-3)."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 96, 96, generator=generator).unbind(0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        product = a @ b
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = a.double() @ b.double()
+    return bool(((product - exact).abs().max() / exact.abs().max()) < 1e-5)
+
+
+def fingerprint(device: str) -> dict[str, Any]:
+    """Describe what the bits of a run depend on beside its plan."""
+    found: dict[str, Any] = {
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "machine": platform.machine(),
+        "processor": _cpuinfo("model name", "CPU part") or platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.startswith("cuda"):
+        found |= {
+            "gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }  # fmt: skip
+    return found
+
+
+def _cpuinfo(*names: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")

@@ -1,0 +1,165 @@
+"""The processes that make trainers, and the trainers that they made."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from app.domain.errors import SystemFault
+
+log = structlog.get_logger(__name__)
+
+Published = dict[str, list[dict[str, Any]]]
+ANSWER_SECONDS = 30.0
+KILLED = -int(signal.SIGKILL)
+
+
+class Trainer:
+    """A trainer process: our end of its wire, and its death."""
+
+    def __init__(self, pid: int, connection: socket.socket) -> None:
+        self.pid, self.connection = pid, connection
+        self.code: int | None = None
+        self._gone = threading.Event()
+
+    def kill(self) -> None:
+        """End the whole process group at once; harmless when it is gone."""
+        if not self._gone.is_set():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the end and give the exit code (negative for a signal), or None when it still runs."""
+        self._gone.wait(timeout)
+        return self.code
+
+    def ended(self, code: int) -> None:
+        """Note that the process is gone."""
+        self.code = code
+        self._gone.set()
+
+
+class Server:
+    """One process that makes trainers: a zygote, or a spare which becomes the trainer of its one order."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        on_ready: Callable[["Server", Published | None], None],
+        on_end: Callable[["Server"], None],
+        *options: str,
+    ) -> None:
+        self.ready = threading.Event()
+        self.dead = threading.Event()
+        self.retired = False
+        self._on_ready, self._on_end = on_ready, on_end
+        self._trainers: dict[int, Trainer] = {}
+        self._answers: queue.Queue[Trainer | None] = queue.Queue()
+        self._ordering = threading.Lock()
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [*command, str(theirs.fileno()), *options], pass_fds=[theirs.fileno()], env=environment,
+                stdin=subprocess.DEVNULL, stdout=sys.__stderr__, start_new_session=True,
+            )  # fmt: skip
+        threading.Thread(target=self._read, name=f"server-{self.process.pid}", daemon=True).start()
+
+    def order(self, request: dict[str, Any]) -> Trainer:
+        """Have a trainer made.
+
+        Raises:
+            SystemFault: the server died or does not answer.
+        """
+        ours, theirs = socket.socketpair()
+        with self._ordering, theirs:
+            try:
+                socket.send_fds(self._control, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
+                trainer = self._answers.get(timeout=ANSWER_SECONDS)
+            except (OSError, queue.Empty):
+                trainer = None
+        if trainer is None:
+            ours.close()
+            self.close()
+            raise SystemFault("The server of warm trainers does not answer.", code="no_trainer", phase="start")
+        trainer.connection = ours
+        return trainer
+
+    def retire(self) -> None:
+        """Make no more trainers, and go when the last one has ended."""
+        self.retired = True
+        if not self._trainers:
+            self.close()
+
+    def close(self) -> None:
+        """Close the control socket, which ends the process and all its trainers."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, ValueError), self._control.makefile("rb") as lines:
+            for line in lines:
+                try:
+                    self._take(json.loads(line))
+                except Exception:  # the next line may be the death of a trainer, which somebody waits for
+                    log.exception("an answer was not understood", pid=self.process.pid)
+        self._bury()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "ready" in message:
+            self.ready.set()
+            self._on_ready(self, message["ready"])
+        elif "exit" in message:
+            trainer = self._trainers.pop(message["pid"], None)
+            if trainer is not None:
+                trainer.ended(message["exit"])
+            if self.retired and not self._trainers:
+                self.close()
+        else:
+            # Registered here and not by the asker, so that a death which follows at once finds it.
+            trainer = self._trainers[message["pid"]] = Trainer(message["pid"], self._control)
+            self._answers.put(trainer)
+
+    def _bury(self) -> None:
+        """Its socket ended: see that the process and its trainers are really gone before anybody hears of it."""
+        own = self._trainers.get(self.process.pid)
+        if own is None:
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        code = self.process.wait()  # a spare that took an order lives on as its trainer
+        for trainer in list(self._trainers.values()):
+            if trainer is not own:
+                trainer.kill()
+                _await_death(trainer.pid)
+            trainer.ended(code if trainer is own else KILLED)
+        self._trainers.clear()
+        self._control.close()
+        self.dead.set()
+        self._answers.put(None)
+        self._on_end(self)
+
+
+def _await_death(pid: int, timeout: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        except OSError:
+            return
+        if state in "ZX":
+            return
+        time.sleep(0.01)
