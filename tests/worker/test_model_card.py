@@ -25,7 +25,7 @@ PASTED = """
 import json, os, shutil, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 sys.path = [entry for entry in sys.path if os.path.realpath(entry or ".") != sys.argv[1]]
-assert not any(os.path.exists(os.path.join(entry, "worker", "trainer.py")) for entry in sys.path)
+assert not any(os.path.exists(os.path.join(entry, "worker", "recipe.py")) for entry in sys.path)
 load, feed = (open(name).read() for name in ("load.py", "feed.py"))
 names = {}
 exec(load, names)
