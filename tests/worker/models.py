@@ -20,8 +20,7 @@ def order(recipe: str, facts: DatasetFacts, folder: Path, base: BaseModelInput |
 
 def done(given: Order) -> Finished:
     """Run an order that must succeed, and check that it named what it wrote."""
-    _, last = sets.carry_out(given)
-    assert isinstance(last, Finished), last
+    _, last = sets.finished(given)
     assert {path.name for path in Path(given.scratch).iterdir()} == {file.name for file in last.files}
     return last
 
@@ -36,8 +35,7 @@ def pretrained(folder: Path, *, rows: int = 600, epochs: int = 12) -> BaseModelI
     facts = sets.write_set(folder / "set", sets.digits(rows, 10))
     training = {"epochs": epochs, "batch_size": 100, "learning_rate": 0.004}
     order = sets.order({**sets.spec("simclr", training=training), "model": NETWORK}, facts, folder)
-    _, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+    _, last = sets.finished(order)
     assert last.model is not None
     weights = Path(order.scratch) / "model" / "model.safetensors"
     return BaseModelInput(id=MODEL, config=last.model.config, weights=str(weights))

@@ -153,10 +153,11 @@ def finished(given: Order, wish: Callable[[Message], str | None] = lambda _: Non
     return heard, last
 
 
-def failed(given: Order) -> tuple[Heard, Failed]:
+def failed(given: Order, wish: Callable[[Message], str | None] = lambda _: None) -> tuple[Heard, Failed]:
     """Run an order that must fail."""
-    heard, last = carry_out(given)
+    heard, last = carry_out(given, wish)
     assert isinstance(last, Failed), last
+    assert not heard.of(Finished)
     return heard, last
 
 

@@ -15,7 +15,6 @@ from worker.parts import compute, teacher
 from worker.parts.seed import generator
 from worker.pretrain import byol
 from worker.recipe import Info, Progress
-from worker.report import Failed
 from worker.trainer.assembly import assemble
 
 pytestmark = pytest.mark.worker
@@ -95,8 +94,7 @@ def test_the_second_view_alone_is_solarised_and_only_in_colour(size: int, channe
 
 
 def test_a_batch_too_small_is_refused(digits: DatasetFacts, tmp_path: Path) -> None:
-    _, last = sets.carry_out(sets.order(sets.spec("byol", training={"batch_size": 2}), digits, tmp_path))
-    assert isinstance(last, Failed)
+    _, last = sets.failed(sets.order(sets.spec("byol", training={"batch_size": 2}), digits, tmp_path))
     assert last.error.code == "batch_too_small"
 
 

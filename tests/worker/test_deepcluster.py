@@ -17,7 +17,6 @@ from worker.parts import compute
 from worker.parts.whitening import whitening
 from worker.pretrain.deepcluster import DeepCluster
 from worker.recipe import Progress
-from worker.report import Finished
 from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
@@ -149,8 +148,7 @@ def test_labels_are_told_about_and_never_trained_on(tmp_path: Path) -> None:
     for name, splits in (("known", known), ("hidden", hidden)):
         facts = sets.write_set(tmp_path / name / "set", splits)
         orders.append(sets.order(sets.spec("deepcluster", params={"reassign_every": 1}), facts, tmp_path / name))
-        heard, last = sets.carry_out(orders[-1])
-        assert isinstance(last, Finished), last
+        heard, _ = sets.finished(orders[-1])
         metrics.append({row[0] for row in heard.metrics()})
         told = {row[0]: row[2] for row in heard.metrics()}
         assert 0 < (told["train/nmi_before"] or 0) <= 1
@@ -182,8 +180,7 @@ def test_a_contact_sheet_is_left(digits: DatasetFacts, tmp_path: Path) -> None:
     from PIL import Image
 
     order = sets.order(sets.spec("deepcluster", params={"clusters": 30}), digits, tmp_path)
-    _, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+    _, last = sets.finished(order)
     assert [file.name for file in last.files] == ["clusters.png"]
     with Image.open(Path(order.scratch) / last.files[0].file) as picture:
         assert picture.size == (8 * 66 + 2, 20 * 66 + 2), "eight members of the twenty largest clusters"

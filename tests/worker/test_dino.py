@@ -18,7 +18,6 @@ from worker.parts.backbones import build_backbone
 from worker.parts.seed import generator
 from worker.pretrain import dino
 from worker.recipe import Info, Progress
-from worker.report import Failed
 
 pytestmark = pytest.mark.worker
 FACTS = {row["name"]: row["facts"] for row in facts()}
@@ -188,8 +187,7 @@ def test_a_crop_size_that_the_network_does_not_take_is_refused() -> None:
 
 
 def test_a_batch_too_small_is_refused(digits: DatasetFacts, tmp_path: Path) -> None:
-    _, last = sets.carry_out(sets.order(sets.spec("dino", training={"batch_size": 2}), digits, tmp_path))
-    assert isinstance(last, Failed)
+    _, last = sets.failed(sets.order(sets.spec("dino", training={"batch_size": 2}), digits, tmp_path))
     assert last.error.code == "batch_too_small"
 
 

@@ -84,8 +84,7 @@ MARKED = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.long]) 
 @pytest.mark.parametrize("name", MARKED)
 def test_killed_at_a_random_step_and_resumed(name: str, coloured: DatasetFacts, tmp_path: Path) -> None:
     whole = sets.order(job(name), coloured, tmp_path / "whole")
-    heard, last = sets.carry_out(whole)
-    assert isinstance(last, Finished), last
+    heard, last = sets.finished(whole)
     if "cached" in name:
         assert heard.of(Planned)[0].plan["prefix_views"] > 1
     if "stopped" in name:
@@ -96,8 +95,7 @@ def test_killed_at_a_random_step_and_resumed(name: str, coloured: DatasetFacts, 
         # The resumed run makes its own caches, as on another host.
         path = sets.killed_at(cut, sets.order(job(name), coloured, tmp_path / f"cut-{cut}"))
         resumed = sets.order(job(name), coloured, tmp_path / f"resumed-{cut}", checkpoint=path)
-        again, ended = sets.carry_out(resumed)
-        assert isinstance(ended, Finished), ended
+        again, ended = sets.finished(resumed)
         assert sets.weights_sha256(resumed) == sets.weights_sha256(whole), f"after step {cut} of {steps}"
         assert again.metrics() == [row for row in heard.metrics() if row[1] > cut]
         assert (ended.metrics, ended.best) == (last.metrics, last.best)
@@ -177,8 +175,7 @@ def test_elsewhere_it_goes_on_and_says_that_it_is_not_exact(
     order = sets.order(
         first.spec, coloured, tmp_path, plan=plan, attempt=2, fingerprint=fingerprint, checkpoint=checkpoint
     )
-    heard, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+    heard, _ = sets.finished(order)
     assert heard.of(Planned)[0].exact is False
     (event,) = [event for event in heard.of(Event) if event.code == "resume.inexact"]
     assert event.data["differs"] == [differs]
@@ -203,8 +200,7 @@ def test_the_plan_of_the_first_attempt_decides_the_threads(
         first.spec, coloured, tmp_path / "more", plan=planned.plan, attempt=2, fingerprint=planned.fingerprint,
         checkpoint=checkpoint, threads=2,
     )  # fmt: skip
-    heard, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+    heard, _ = sets.finished(order)
     assert (heard.of(Planned)[0].exact, heard.of(Planned)[0].plan["threads"]) == (True, 1)
     assert "resume.inexact" not in heard.codes()
     whole = sets.order(first.spec, coloured, tmp_path / "whole")

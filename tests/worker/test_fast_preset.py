@@ -11,7 +11,7 @@ from app.domain.errors import UserFault
 from app.domain.spec import Optimizer
 from tests.worker import sets
 from worker.parts.tuning import Workload, learning_rate
-from worker.report import Finished, Planned, Saved
+from worker.report import Planned, Saved
 from worker.trainer.assembly import assemble
 
 pytestmark = pytest.mark.worker
@@ -41,8 +41,7 @@ def job(**training: Any) -> dict[str, Any]:
 
 def test_a_run_of_it_learns_and_shows_what_it_came_to(stripes: DatasetFacts, tmp_path: Path) -> None:
     order = sets.order(job(), stripes, tmp_path)
-    heard, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+    heard, last = sets.finished(order)
     plan = heard.of(Planned)[0].plan
     assert (plan["epochs"], plan["optimizer"]["name"]) == (5, "muon")
     assert plan["reasons"]["learning_rate"].startswith("0.03")

@@ -12,7 +12,7 @@ from tests.worker import sets
 from worker.data import features
 from worker.data.features import Features, cache_prefix
 from worker.data.shelf import Shelf
-from worker.report import Finished, Planned
+from worker.report import Planned
 from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
@@ -70,8 +70,7 @@ def test_a_frozen_network_whose_last_maps_are_products_trains_from_its_cache(
         model={"architecture": "resnet18", "image_size": 32}, params={"trainable": trainable, "augmentation": "none"},
         training={"precision": "bfloat16", "batch_size": 64, "steps": 3},
     )  # fmt: skip
-    heard, last = sets.carry_out(sets.order(body, digits, tmp_path))
-    assert isinstance(last, Finished), last
+    heard, _ = sets.finished(sets.order(body, digits, tmp_path))
     assert heard.of(Planned)[0].plan["small_map_products"]
     assert "features.cached" in heard.codes()
 

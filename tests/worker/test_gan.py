@@ -17,7 +17,6 @@ from worker.parts import compute, metrics, optim
 from worker.parts.seed import reseed
 from worker.pretrain import gan
 from worker.recipe import Progress
-from worker.report import Finished
 from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
@@ -179,8 +178,7 @@ def test_a_run_leaves_samples_and_its_distance(digits: DatasetFacts, tmp_path: P
     from PIL import Image
 
     order = sets.order(sets.spec("gan"), digits, tmp_path)
-    heard, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+    heard, last = sets.finished(order)
     assert [file.name for file in last.files] == ["samples.png"]
     with Image.open(Path(order.scratch) / last.files[0].file) as picture:
         assert picture.size == (8 * 66 + 2, 8 * 66 + 2)

@@ -14,7 +14,7 @@ from app.domain.datasets import DatasetFacts
 from tests.worker import sets
 from worker.parts.linear_heads import Draw, Heads, train_heads
 from worker.parts.seed import generator
-from worker.report import Failed, Finished
+from worker.report import Finished
 
 pytestmark = pytest.mark.worker
 CLASSES = 4
@@ -95,8 +95,7 @@ def test_a_constant_feature_and_one_label_do_no_harm() -> None:
 
 def carried_out(digits: DatasetFacts, folder: Path, **given: Any) -> Finished:
     body = {"recipe": "linear_heads", "model": sets.NETWORK, **given}
-    _, last = sets.carry_out(sets.order(body, digits, folder))
-    assert isinstance(last, Finished), last
+    _, last = sets.finished(sets.order(body, digits, folder))
     return last
 
 
@@ -125,8 +124,7 @@ def test_a_dataset_without_test_labels_is_refused(tmp_path: Path) -> None:
     pixels, labels = sets.digits()["test"]
     facts = sets.write_set(tmp_path / "set", {"train": (pixels, labels), "test": (pixels, labels * 0 - 1)})
     body = {"recipe": "linear_heads", "model": sets.NETWORK}
-    _, last = sets.carry_out(sets.order(body, facts, tmp_path))
-    assert isinstance(last, Failed)
+    _, last = sets.failed(sets.order(body, facts, tmp_path))
     assert last.error.code == "no_test_labels"
 
 

@@ -19,7 +19,6 @@ from worker.parts import architectures, masked_vit
 from worker.parts.backbones import build_backbone
 from worker.pretrain import mae
 from worker.recipe import Info, Progress
-from worker.report import Failed, Finished
 
 pytestmark = pytest.mark.worker
 START = Progress(0, 1, 0, 1)
@@ -147,8 +146,7 @@ def test_networks_without_plain_patches_are_refused_before_training(
     name: str, digits: DatasetFacts, tmp_path: Path
 ) -> None:
     body = sets.spec("mae", model={"architecture": name})
-    heard, last = sets.carry_out(sets.order(body, digits, tmp_path))
-    assert isinstance(last, Failed)
+    heard, last = sets.failed(sets.order(body, digits, tmp_path))
     assert last.error.code == "architecture"
     assert "plain vision transformers" in last.error.message
     assert "train.first_step" not in heard.codes()
@@ -168,8 +166,7 @@ def test_the_api_refuses_them_by_what_is_published(name: str) -> None:
 
 def test_pictures_show_the_mask_and_what_came_out(digits: DatasetFacts, tmp_path: Path) -> None:
     order = sets.order(sets.spec("mae", training={"epochs": 1}), digits, tmp_path)
-    _, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+    _, last = sets.finished(order)
     assert [file.name for file in last.files] == ["reconstructions.png"]
     module, images = made().eval(), torch.randn(3, 3, 8, 8)
     original, seen, painted = module.pictures({"image": images})["reconstructions"].chunk(3)

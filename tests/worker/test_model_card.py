@@ -17,7 +17,7 @@ from app.domain.models import ModelConfig
 from app.domain.spec import Architecture
 from tests.worker import sets
 from worker.parts.backbones import build_backbone
-from worker.report import BaseModelInput, Finished
+from worker.report import BaseModelInput
 
 pytestmark = pytest.mark.worker
 
@@ -75,8 +75,7 @@ JOBS: dict[str, dict[str, Any]] = {
 def test_pasted_lines_reach_the_reported_accuracy(name: str, digits: DatasetFacts, tmp_path: Path) -> None:
     job = sets.spec(**JOBS[name], training={"epochs": 12, "precision": "float32", "learning_rate": 3e-3})
     order = sets.order(job, digits, tmp_path)
-    _, last = sets.carry_out(order)
-    assert isinstance(last, Finished)
+    _, last = sets.finished(order)
     assert last.metrics["test/accuracy"] is not None
     folder = Path(order.scratch) / "model"
     labels = write_images(digits, "test", folder / "images")
@@ -88,15 +87,13 @@ def test_pasted_lines_reach_the_reported_accuracy(name: str, digits: DatasetFact
 
 def test_a_fine_tune_starts_from_the_backbone_of_a_model(digits: DatasetFacts, tmp_path: Path) -> None:
     first = sets.order(sets.spec(), digits, tmp_path / "first")
-    _, made = sets.carry_out(first)
-    assert isinstance(made, Finished)
+    _, made = sets.finished(first)
     assert made.model is not None
     weights = Path(first.scratch) / "model" / "model.safetensors"
     base = BaseModelInput(id="mdl_base", config=made.model.config, weights=str(weights))
     job = sets.spec(params={"trainable": "head"}, training={"epochs": 1})
     second = sets.order({**job, "model": "mdl_" + "0" * 26}, digits, tmp_path / "second", model=base)
-    _, last = sets.carry_out(second)
-    assert isinstance(last, Finished)
+    sets.finished(second)
     before, after = load_file(weights), load_file(Path(second.scratch) / "model" / "model.safetensors")
     assert before.keys() == after.keys()
     # Frozen in full, running statistics included; only the head is new.
@@ -105,8 +102,7 @@ def test_a_fine_tune_starts_from_the_backbone_of_a_model(digits: DatasetFacts, t
 
 def test_the_published_config_builds_the_network_again(digits: DatasetFacts, tmp_path: Path) -> None:
     order = sets.order(sets.spec(), digits, tmp_path)
-    _, last = sets.carry_out(order)
-    assert isinstance(last, Finished)
+    sets.finished(order)
     config = ModelConfig.model_validate_json((Path(order.scratch) / "model" / "config.json").read_text())
     Architecture.model_validate(config.architecture)
     backbone = build_backbone(config.architecture, channels=config.channels, image_size=config.image_size, seed=0)

@@ -14,7 +14,7 @@ from tests.worker import sets
 from tests.worker.models import done, order, table
 from worker.parts import neighbours
 from worker.parts.neighbours import distances, local_outlier_factor, nearest, pairs_above
-from worker.report import BaseModelInput, Failed
+from worker.report import BaseModelInput
 
 pytestmark = pytest.mark.worker
 CPU = torch.device("cpu")
@@ -161,13 +161,11 @@ def test_more_neighbours_than_samples_and_a_single_image_are_refused(
         (digits, {"k": 220}, "There are 220 samples to look at; 220 must be less than that."),
         (one, {"k": 1}, "There are 1 samples to look at; 1 must be less than that."),
     ):
-        _, last = sets.carry_out(order(recipe, facts, tmp_path, pretrained, params=params))
-        assert isinstance(last, Failed)
+        _, last = sets.failed(order(recipe, facts, tmp_path, pretrained, params=params))
         assert (last.error.fault, last.error.code) == ("user", "too_few_samples")
         assert says in last.error.message
 
 
 def test_a_sample_that_is_not_there(digits: DatasetFacts, pretrained: BaseModelInput, tmp_path: Path) -> None:
-    _, last = sets.carry_out(order("neighbours", digits, tmp_path, pretrained, params={"samples": [3, 220]}))
-    assert isinstance(last, Failed)
+    _, last = sets.failed(order("neighbours", digits, tmp_path, pretrained, params={"samples": [3, 220]}))
     assert "no sample 220; the dataset numbers them 0 to 219" in last.error.message

@@ -12,7 +12,7 @@ from app.domain.datasets import DatasetFacts
 from tests.worker import sets
 from worker.parts import pictures
 from worker.parts.tuning import Plan
-from worker.report import Finished, Planned
+from worker.report import Planned
 from worker.trainer import show
 
 pytestmark = pytest.mark.worker
@@ -68,8 +68,7 @@ def test_a_pretraining_job_leaves_a_map_that_costs_little(digits: DatasetFacts, 
     long = {"epochs": 8, "batch_size": 160}
     for training, shown in ((long, True), ({"epochs": 1, "batch_size": 40}, False)):
         order = sets.order(sets.spec("simclr", training=training), digits, tmp_path / str(shown))
-        heard, last = sets.carry_out(order)
-        assert isinstance(last, Finished), last
+        heard, last = sets.finished(order)
         plan = Plan.model_validate(heard.of(Planned)[0].plan)
         assert show.map_rows(plan) <= 0.09 * plan.steps * plan.batch_size
         assert ("embedding.png" in {file.name for file in last.files}) is shown

@@ -12,7 +12,6 @@ from tests.worker import sets
 from tests.worker.forked import in_two_processes
 from worker.parts import distributed
 from worker.pretrain import autoencoder, simclr
-from worker.report import Finished
 
 pytestmark = pytest.mark.worker
 
@@ -127,8 +126,7 @@ def test_reconstructions_are_left_as_a_picture(digits: DatasetFacts, tmp_path: P
     from PIL import Image
 
     order = sets.order(sets.spec("autoencoder"), digits, tmp_path)
-    _, last = sets.carry_out(order)
-    assert isinstance(last, Finished)
+    _, last = sets.finished(order)
     assert [file.name for file in last.files] == ["reconstructions.png"]
     with Image.open(Path(order.scratch) / last.files[0].file) as picture:
         assert picture.size == (8 * 66 + 2, 3 * 66 + 2), "eight columns of 64 pixels, three rows"

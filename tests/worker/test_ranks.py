@@ -18,7 +18,7 @@ from app.domain.errors import ResourceFault
 from tests.worker import sets
 from tests.worker.objectives import Hungry
 from tests.worker.partner import MLP, SGD
-from worker.report import Failed, Finished, Message, Planned, Saved
+from worker.report import Message, Planned, Saved
 from worker.trainer import assembly, devices
 
 pytestmark = pytest.mark.worker
@@ -36,8 +36,7 @@ def test_an_order_for_two_processes_gives_the_model_of_one(many: DatasetFacts, t
     weights: list[dict[str, torch.Tensor]] = []
     for count in (None, 2):
         order = sets.order(job(), many, tmp_path / str(count), processes=count)
-        heard, last = sets.carry_out(order)
-        assert isinstance(last, Finished), last
+        heard, _ = sets.finished(order)
         assert heard.codes().count("processes.joined") == (1 if count else 0)
         assert heard.of(Planned)[0].plan["world_size"] == (count or 1)
         weights.append(load_file(Path(order.scratch) / "model" / "model.safetensors"))
@@ -56,8 +55,7 @@ def test_a_killed_process_ends_the_run_as_a_system_fault(many: DatasetFacts, tmp
             child.kill()
 
     began = time.monotonic()
-    heard, last = sets.carry_out(order, kill)
-    assert isinstance(last, Failed)
+    heard, last = sets.failed(order, kill)
     assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "process_lost", True)
     assert "Process 2 of 2 was killed (SIGKILL)" in last.error.message
     assert heard.of(Saved), "what was saved before is kept"
@@ -87,16 +85,14 @@ def test_no_process_outlives_the_first_one(tmp_path: Path) -> None:
 
 def test_going_on_with_another_number_of_processes_is_not_exact(many: DatasetFacts, tmp_path: Path) -> None:
     order = sets.order(job(checkpoint_every=5), many, tmp_path / "two", processes=2)
-    heard, last = sets.carry_out(order, lambda message: "drain" if isinstance(message, Saved) else None)
-    assert isinstance(last, Finished)
+    heard, last = sets.finished(order, lambda message: "drain" if isinstance(message, Saved) else None)
     assert last.outcome == "drained"
     planned = heard.of(Planned)[0]
     given = {
         "plan": planned.plan, "fingerprint": planned.fingerprint, "attempt": 2,
         "checkpoint": str(Path(order.scratch) / heard.of(Saved)[-1].file),
     }  # fmt: skip
-    heard, last = sets.carry_out(sets.order(job(), many, tmp_path / "one", **given))
-    assert isinstance(last, Finished), last
+    heard, last = sets.finished(sets.order(job(), many, tmp_path / "one", **given))
     assert last.outcome == "succeeded"
     again = heard.of(Planned)[0]
     assert (again.plan["world_size"], again.exact) == (1, False)
@@ -109,8 +105,7 @@ def test_out_of_memory_halves_the_micro_batch_of_all(
     many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Hungry(monkeypatch, most=8)
-    heard, last = sets.carry_out(sets.order(job(), many, tmp_path, processes=2))
-    assert isinstance(last, Finished), last
+    heard, _ = sets.finished(sets.order(job(), many, tmp_path, processes=2))
     assert [message.plan["accumulate"] for message in heard.of(Planned)] == [1, 2]
     assert children() == []
 
@@ -129,8 +124,7 @@ def test_a_job_gets_a_process_for_each_gpu_and_not_more(
 
 
 def test_an_uneven_batch_is_refused_and_the_message_says_what_would_do(many: DatasetFacts, tmp_path: Path) -> None:
-    _, last = sets.carry_out(sets.order(job(batch_size=50), many, tmp_path, processes=4))
-    assert isinstance(last, Failed)
+    _, last = sets.failed(sets.order(job(batch_size=50), many, tmp_path, processes=4))
     assert last.error.fault == "user"
     assert last.error.message.startswith("training.batch_size: a batch of 50 does not divide evenly among 4 processes")
     assert "use 48 or 52" in last.error.message

@@ -19,17 +19,10 @@ from app.domain.errors import ResourceFault, SystemFault
 from app.domain.spec import Spec
 from tests.worker import sets
 from worker import checkpoint
-from worker.report import Event, Failed, Finished, Order, Planned, Saved
+from worker.report import Event, Order, Planned, Saved
 from worker.trainer import assembly, devices, training
 
 pytestmark = pytest.mark.worker
-
-
-def failed(order: Order, wish: Callable[[Any], str | None] = lambda _: None) -> tuple[sets.Heard, Failed]:
-    heard, last = sets.carry_out(order, wish)
-    assert isinstance(last, Failed), last
-    assert not heard.of(Finished)
-    return heard, last
 
 
 def test_a_loss_that_is_not_finite_is_the_users_and_the_last_good_checkpoint_stays(
@@ -37,7 +30,7 @@ def test_a_loss_that_is_not_finite_is_the_users_and_the_last_good_checkpoint_sta
 ) -> None:
     training = {"optimizer": "sgd", "learning_rate": 1e19, "checkpoint_every": 1, "warmup_fraction": 0.0}
     order = sets.order(sets.spec(training={**training, "precision": "float32"}), digits, tmp_path)
-    heard, last = failed(order)
+    heard, last = sets.failed(order)
     assert (last.error.fault, last.error.code, last.error.retryable) == ("user", "loss_not_finite", False)
     saved = heard.of(Saved)
     assert f"not finite at step {saved[-1].step + 1} (learning rate 9" in last.error.message
@@ -93,15 +86,13 @@ def test_out_of_memory_with_a_coupled_loss_computes_activations_twice(
     plain = sets.order(sets.spec("simclr", **PAIRS), digits, tmp_path / "plain")
     with monkeypatch.context() as patch:
         everything = Budget(patch)
-        heard, whole = sets.carry_out(plain)
-    assert isinstance(whole, Finished), whole
+        heard, _ = sets.finished(plain)
     expected = {row[:2]: row[2] for row in heard.metrics()}
 
     order = sets.order(sets.spec("simclr", **PAIRS), digits, tmp_path / "less")
     with monkeypatch.context() as patch:
         Budget(patch, most=everything.largest - 1)
-        heard, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+        heard, _ = sets.finished(order)
     assert heard.codes().count("memory.activations_recomputed") == 1
     assert "memory.micro_batch_halved" not in heard.codes()
     before, after = (message.plan for message in heard.of(Planned))
@@ -121,8 +112,7 @@ def test_out_of_memory_with_a_coupled_loss_computes_activations_twice(
         cut = sets.order(sets.spec("simclr", **PAIRS), digits, tmp_path / "cut")
         sets.carry_out(cut, lambda message: "drain" if isinstance(message, Saved) else None)
         path = Path(cut.scratch) / saved.file
-        heard, last = sets.carry_out(later.model_copy(update={"checkpoint": str(path)}))
-    assert isinstance(last, Finished), last
+        heard, _ = sets.finished(later.model_copy(update={"checkpoint": str(path)}))
     assert [message.plan["checkpoint_activations"] for message in heard.of(Planned)] == [True]
     assert sets.weights_sha256(later) == sets.weights_sha256(order)
 
@@ -139,7 +129,7 @@ def test_when_even_that_does_not_fit_the_fault_names_what_does(
         measured = Budget(patch)
         sets.carry_out(sets.order(planned.spec, digits, tmp_path / "measured", plan=plan))
     Budget(monkeypatch, most=measured.largest)
-    heard, last = failed(sets.order(sets.spec("simclr", **PAIRS), digits, tmp_path))
+    heard, last = sets.failed(sets.order(sets.spec("simclr", **PAIRS), digits, tmp_path))
     assert (last.error.fault, last.error.code) == ("resource", "out_of_memory")
     assert last.error.hint == "Set training.batch_size to 16."
     assert "32" in last.error.message
@@ -178,7 +168,7 @@ def test_a_full_disk_is_a_failure_whatever_was_being_written(moment: str, digits
 
         if moment == "decoded images":
             limit(1000)
-        heard, last = failed(order, fill)
+        heard, last = sets.failed(order, fill)
     assert (last.error.fault, last.error.code, last.error.retryable) == ("resource", "disk_full", False)
     assert "disk" in last.error.message
     assert len(heard.of(Saved)) == (2 if moment == "the model" else 0)
@@ -188,7 +178,7 @@ def test_a_full_disk_is_a_failure_whatever_was_being_written(moment: str, digits
 
 def test_a_job_that_wants_a_gpu_never_runs_on_the_cpu(digits: DatasetFacts, tmp_path: Path) -> None:
     body = sets.spec(resources={"device": "cuda"})
-    heard, last = failed(sets.order(body, digits, tmp_path))
+    heard, last = sets.failed(sets.order(body, digits, tmp_path))
     assert (last.error.fault, last.error.code, last.error.retryable) == ("resource", "no_such_device", False)
     assert "resources.device" in last.error.message
     assert heard.of(Planned) == []
@@ -198,7 +188,7 @@ def test_a_gpu_that_does_not_answer_is_another_workers_chance(
     digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    _, last = failed(sets.order(sets.spec(), digits, tmp_path, device="cuda"))
+    _, last = sets.failed(sets.order(sets.spec(), digits, tmp_path, device="cuda"))
     assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "device_lost", True)
     spec = Spec.model_validate(sets.spec(resources={"device": "cpu"}))
     assert devices.choose_device(spec, sets.order(sets.spec(), digits, tmp_path, device="cuda")).type == "cpu"
@@ -247,7 +237,7 @@ def test_a_shard_that_changed_before_it_was_read_is_named(
 ) -> None:
     DAMAGES[damage](tmp_path / "set" / NAME)
     order = sets.order(sets.spec(), own, tmp_path, **({"cache_bytes": 100} if streamed else {}))
-    heard, last = failed(order)
+    heard, last = sets.failed(order)
     assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "dataset_changed", True)
     assert NAME in last.error.message
     assert heard.of(Planned) == []
@@ -260,7 +250,7 @@ def test_a_shard_that_changes_while_it_is_streamed_is_named(damage: str, own: Da
         if getattr(message, "code", "") == "train.first_step":
             DAMAGES[damage](tmp_path / "set" / NAME)
 
-    heard, last = failed(sets.order(sets.spec(), own, tmp_path, cache_bytes=100), strike)
+    heard, last = sets.failed(sets.order(sets.spec(), own, tmp_path, cache_bytes=100), strike)
     assert (last.error.fault, last.error.code) == ("system", "dataset_changed")
     assert NAME in last.error.message
     assert "data.streaming" in heard.codes()
@@ -271,8 +261,7 @@ def test_a_shard_that_was_only_touched_is_looked_at_again_and_used(own: DatasetF
         if getattr(message, "code", "") == "train.first_step":
             os.utime(tmp_path / "set" / NAME)
 
-    _, last = sets.carry_out(sets.order(sets.spec(), own, tmp_path, cache_bytes=100), touch)
-    assert isinstance(last, Finished), last
+    sets.finished(sets.order(sets.spec(), own, tmp_path, cache_bytes=100), touch)
 
 
 def test_what_was_decoded_needs_the_shards_no_more(own: DatasetFacts, tmp_path: Path) -> None:
@@ -284,8 +273,7 @@ def test_what_was_decoded_needs_the_shards_no_more(own: DatasetFacts, tmp_path: 
             cut(tmp_path / "set" / NAME)
 
     second = sets.order(sets.spec(), own, tmp_path / "second")
-    heard, last = sets.carry_out(second, strike)
-    assert isinstance(last, Finished), last
+    heard, _ = sets.finished(second, strike)
     assert sets.weights_sha256(first) == sets.weights_sha256(second)
     assert "data.decoded" in heard.codes()
     damaged = hashlib.sha256((tmp_path / "set" / NAME).read_bytes()).hexdigest()
@@ -296,7 +284,7 @@ def test_the_events_of_trouble_are_warnings(
     digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Budget(monkeypatch, most=1000)
-    heard, _ = failed(sets.order(sets.spec("simclr", **PAIRS), digits, tmp_path))
+    heard, _ = sets.failed(sets.order(sets.spec("simclr", **PAIRS), digits, tmp_path))
     told = [event for event in heard.of(Event) if event.code.startswith("memory.")]
     assert told
     assert {event.level for event in told} == {"warning"}

@@ -16,7 +16,7 @@ from worker import catalogue
 from worker.parts import backbones, optim
 from worker.parts.export import Card, export
 from worker.recipe import PretrainParams, Recipe
-from worker.report import BaseModelInput, Finished, Order
+from worker.report import BaseModelInput, Order
 from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
@@ -52,8 +52,7 @@ def test_frozen_stages_stand_still_and_the_others_move(recipe: Recipe, digits: D
     fresh = {**sets.spec(recipe.name, params={"freeze_stages": 1}), "model": network(recipe)}
     base = base_of(sets.order(fresh, digits, tmp_path / "base"))
     order = sets.order({**fresh, "model": base.id}, digits, tmp_path / "job", model=base)
-    _, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+    sets.finished(order)
     before, after = load_file(base.weights), load_file(Path(order.scratch) / "model" / "model.safetensors")
     made = assemble(order, sets.Heard().reporter)
     first = backbones.stage_modules(backbone_of(made))[0]
@@ -88,8 +87,7 @@ def test_the_scale_of_a_job_reaches_its_optimiser(digits: DatasetFacts, tmp_path
         body = sets.spec("simclr", params={"backbone_learning_rate_scale": scale}, training={"steps": 3})
         order = sets.order(body, digits, tmp_path / str(scale))
         before = {k: v.clone() for k, v in backbone_of(assemble(order, sets.Heard().reporter)).state_dict().items()}
-        _, last = sets.carry_out(order)
-        assert isinstance(last, Finished), last
+        sets.finished(order)
         after = load_file(Path(order.scratch) / "model" / "model.safetensors")
         filters = [name for name, value in before.items() if value.ndim == 4]
         moved[scale] = sum(float((before[name] - after[name]).abs().sum()) for name in filters)

@@ -16,7 +16,6 @@ from worker.parts.backbones import build_backbone
 from worker.parts.seed import reseed
 from worker.pretrain import vae
 from worker.recipe import Info, Progress
-from worker.report import Finished
 
 pytestmark = pytest.mark.worker
 START = Progress(0, 100, 0, 1)
@@ -177,8 +176,7 @@ def test_a_run_leaves_pictures_and_its_bound(digits: DatasetFacts, tmp_path: Pat
     from PIL import Image
 
     order = sets.order(sets.spec("vae"), digits, tmp_path)
-    heard, last = sets.carry_out(order)
-    assert isinstance(last, Finished), last
+    heard, last = sets.finished(order)
     sizes: dict[str, tuple[int, int]] = {}
     for file in last.files:
         with Image.open(Path(order.scratch) / file.file) as picture:
