@@ -96,6 +96,13 @@ def test_small_stem_sees_small_images(name):
     assert first.stride == (1, 1)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_vit_sees_its_patches_as_strongly_in_grey_as_in_colour(channels):
+    backbone = make("small_vit", channels=channels)
+    tokens = backbone._process_input(torch.randn(64, channels, 32, 32))
+    assert tokens.std().item() == pytest.approx(1, abs=0.1), "white patches give tokens of variance 1"
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vit_b_32", "small_vit", "mlp"])
 def test_one_channel(name):
     assert_stages_are_the_forward(make(name, channels=1), torch.randn(1, 1, 32, 32))

@@ -152,8 +152,13 @@ def _change_stem(
     if small:
         shape = {"kernel_size": 3, "stride": 1, "padding": 1}
     replacement = nn.Conv2d(channels, first.out_channels, **shape, bias=first.bias is not None)
-    fan_out = math.prod(replacement.kernel_size) * replacement.out_channels
-    nn.init.normal_(replacement.weight, std=math.sqrt(2.0 / fan_out))
+    if family.kind == "vit":
+        # As torchvision starts it. By the fan-out, patches of one channel would hardly be seen beside their positions.
+        fan_in = math.prod(replacement.kernel_size) * channels
+        nn.init.trunc_normal_(replacement.weight, std=math.sqrt(1.0 / fan_in))
+    else:
+        fan_out = math.prod(replacement.kernel_size) * replacement.out_channels
+        nn.init.normal_(replacement.weight, std=math.sqrt(2.0 / fan_out))
     if replacement.bias is not None:
         nn.init.zeros_(replacement.bias)
     if architecture.get("weights") is not None and not small and channels == 1:
