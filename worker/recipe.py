@@ -165,6 +165,8 @@ class Objective(Protocol):
     labelled_part(step) -> 0 to 1    the part of that step's batch that is drawn from rows with a label; the others come
                                      from those without. At 0 all rows are drawn alike, and the batch has no "label"
     compiled_parts                   modules to compile where the plan says so; without it the backbone alone
+    epoch_steps                      int: where the batch size is left open, an epoch of few samples gets at least so
+                                     many steps; 8 without it. For what learns by the step rather than by the sample
     idle_parameters                  whether some trainable parameters get no gradient in some steps, which several
                                      processes have to know
     pictures(batch)                  -> {"name": [n, channels, height, width], normalised}: saved as name.png at the end

@@ -52,6 +52,15 @@ def test_few_samples_get_small_batches_and_still_several_steps(samples: int, bat
     assert plan.steps_per_epoch == samples // batch
 
 
+@pytest.mark.parametrize("couples", [False, True])
+@pytest.mark.parametrize(("samples", "batch"), [(600, 32), (1297, 32), (10_000, 64), (33_000, 256)])
+def test_what_learns_by_the_step_gets_more_of_them(samples: int, batch: int, couples: bool) -> None:
+    work = replace(CIFAR, kind="pretrain", samples=samples, epoch_steps=128, couples_batch=couples)
+    assert resolve(work).batch_size == batch
+    assert resolve(work, batch_size=200).batch_size == 200
+    assert resolve(replace(work, epoch_steps=8)).batch_size > batch or batch == 256
+
+
 def test_steps_take_the_place_of_epochs() -> None:
     plan = resolve(epochs=3, steps=400)
     assert (plan.steps, plan.steps_per_epoch, plan.epochs) == (400, 175, 3)

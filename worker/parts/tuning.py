@@ -54,6 +54,9 @@ class Plan(BaseModel):
     reasons: dict[str, str] = {}
 
 
+EPOCH_STEPS = 8  # of an epoch at least, where the batch size is ours to choose
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a choice may depend on, apart from the hardware."""
@@ -65,20 +68,23 @@ class Workload:
     samples: int
     couples_batch: bool = False
     min_batch: int = 1
+    epoch_steps: int = EPOCH_STEPS  # see Objective
     pretrained: bool = False  # starts from weights that are worth keeping
 
 
 def batch_size(work: Workload, hardware: Hardware) -> tuple[int, str]:
-    """Choose a batch: the table's for the image size, smaller where an epoch would be less than eight steps."""
+    """Choose a batch: the table's for the image size, smaller where an epoch would have too few steps."""
     side = work.image_size
     table = 256 if side <= 32 else 128 if side <= 64 else 64 if side <= 128 else 32
     if hardware.device == "cuda":
         table *= 4
     if work.couples_batch:
         table *= 2  # contrast needs many samples beside each other
-    least = max(work.min_batch, 64 if work.couples_batch else 16)
-    eight_steps = 2 ** int(math.log2(max(work.samples // 8, 1)))
-    chosen = min(max(min(table, eight_steps), least), work.samples)
+    # Contrast needs some samples beside each other; batch statistics alone are well enough off with half as many.
+    few = 32 if work.epoch_steps > EPOCH_STEPS else 64 if work.couples_batch else 16
+    least = max(work.min_batch, few)
+    many_steps = 2 ** int(math.log2(max(work.samples // work.epoch_steps, 1)))
+    chosen = min(max(min(table, many_steps), least), work.samples)
     why = f"{table} suits {side}-pixel images on {hardware.device}"
     if chosen != table:
         why += f"; {work.samples} samples give steps enough at {chosen}"

@@ -112,6 +112,7 @@ class Dino(nn.Module):
     """A backbone with DINO's head, the teacher and its centre; all but the backbone is thrown away."""
 
     couples_batch = False  # the centre is that of earlier steps
+    epoch_steps = 128  # the teacher follows step by step
 
     def __init__(self, params: DinoParams, backbone: nn.Module, info: Info) -> None:
         super().__init__()

@@ -51,6 +51,7 @@ class Mae(nn.Module):
     """A ViT and the decoder, which is thrown away afterwards."""
 
     couples_batch = False
+    epoch_steps = 128  # few images for so hard a task: small batches learnt more in equal time
 
     def __init__(self, params: MaeParams, backbone: nn.Module, info: Info) -> None:
         super().__init__()
