@@ -21,7 +21,7 @@ from worker.data.order import draw_order
 from worker.data.source import Data, Part
 from worker.finetune import semi_supervised
 from worker.finetune.semi_supervised import SemiSupervisedParams, Turns
-from worker.parts.fixmatch import consistency
+from worker.parts.fixmatch import consistency, follow
 from worker.parts.window import Window
 from worker.recipe import Batch, Info, Params, Progress, Recipe
 from worker.report import Failed, Finished, Message, Saved
@@ -84,6 +84,33 @@ def test_no_gradient_flows_through_the_weak_view() -> None:
     consistency(weak, strong, threshold=0.0)[0].sum().backward()
     assert weak.grad is None
     assert strong.grad is not None
+
+
+def test_the_threshold_is_the_mean_confidence_so_far_up_to_the_papers(digits: DatasetFacts, tmp_path: Path) -> None:
+    objective: Any = made(digits, tmp_path, job()).objective.train()
+    threshold = objective.get_buffer("threshold")
+    assert threshold.item() == pytest.approx(0.1), "of ten classes"
+    labels = torch.tensor([3, -1, -1, 0, -1, -1])
+    told: list[float] = []
+    objective._logits = lambda images: images  # what it is shown is what it says
+    for number in range(2):  # two micro-batches of one step
+        weak = torch.randn(6, 10, generator=torch.Generator().manual_seed(number)) * 2
+        found = objective({"image": weak, "image_strong": torch.zeros(6, 10), "label": labels}, START)
+        confidence = [max(math.exp(v) for v in row) / sum(math.exp(v) for v in row) for row in weak.tolist()]
+        unlabelled = [value for value, label in zip(confidence, labels, strict=True) if label < 0]
+        told.append(sum(unlabelled) / 4)
+        assert found["confident"].item() == pytest.approx(sum(value >= 0.1 for value in unlabelled) / 4)
+        assert threshold.item() == pytest.approx(0.1), "it moves after the step"
+    objective.after_step(Progress(0, 20, 0, 1))  # a tenth of 20 steps is remembered: half of the way
+    assert threshold.item() == pytest.approx((0.1 + sum(told) / 2) / 2, rel=1e-5)
+    for _ in range(50):
+        follow(threshold, torch.tensor(1.0), steps=20)
+    assert threshold.item() == pytest.approx(0.95)
+    before = threshold.clone()
+    follow(before, torch.tensor(0.0), steps=10**6)
+    assert before.item() == pytest.approx(0.95 * 0.999), "FreeMatch's memory in long runs"
+    given: Any = made(digits, tmp_path, job(objective_params={"threshold": 0.8})).objective
+    assert "threshold" not in given.state_dict()
 
 
 @pytest.mark.parametrize(("ratio", "turns"), [(1.0, "SUSUSU"), (2.0, "SUUSUU"), (0.5, "SSUSSU"), (3.0, "SUUUSU")])

@@ -19,8 +19,9 @@ from app.domain.errors import UserFault
 from app.domain.spec import Training
 from worker.data.policy import Augment, Level, View, policy
 from worker.data.rand_augment import BINS, RandAugment, beside
+from worker.parts import distributed
 from worker.parts.backbones import stage_modules
-from worker.parts.fixmatch import consistency, mean_over
+from worker.parts.fixmatch import consistency, follow, mean_over
 from worker.parts.heads import build_head
 from worker.recipe import Batch, Head, Info, Params, PretrainParams, Progress, Recipe, Requires
 
@@ -39,9 +40,11 @@ REFUSED = {
 class FixMatchParams(Params):
     """`objective_params` of fixmatch."""
 
-    threshold: float = Field(
-        default=0.95, ge=0, le=1, description="The paper's tau: least confidence of a pseudo-label that counts."
-    )
+    threshold: float | None = Field(
+        default=None, ge=0, le=1,
+        description="The paper's tau: least confidence of a pseudo-label that counts; null is the mean confidence so "
+        "far, up to the paper's 0.95: a short run ends before most samples reach that.",
+    )  # fmt: skip
     operations: int = Field(default=2, ge=1, le=8, description="Of RandAugment, in the strong view.")
     magnitude: float = Field(default=10.0, ge=0, le=BINS, description="Of these operations, in the mean.")
     spread: float = Field(default=5.0, ge=0, le=10, description="Standard deviation of each sample's own magnitude.")
@@ -108,7 +111,10 @@ class SemiSupervised(nn.Module):
             dropout=params.head.dropout, bias=bool(backbone.head_bias),
         )  # fmt: skip
         self.unsupervised: Any = None if recipe is None else borrowed(_built(recipe, inner, backbone, info))
-        self._threshold = inner.threshold if isinstance(inner, FixMatchParams) else 1.0
+        self._fixed = inner.threshold if isinstance(inner, FixMatchParams) else 1.0
+        if self._fixed is None:
+            self.register_buffer("threshold", torch.tensor(1 / len(info.classes)))  # nobody is less confident
+        self._confidence: list[Tensor] = []  # in the micro-batches of this step
         self._ratio = params.ratio or (7.0 if recipe is None else 1.0)
         self._turns = Turns(Fraction(self._ratio).limit_denominator(1000))
         self.couples_batch = recipe is not None and bool(self.unsupervised.couples_batch)
@@ -141,8 +147,11 @@ class SemiSupervised(nn.Module):
         # Both views in one forward, so that batch norm sees all of them together.
         logits, strong = self._logits(torch.cat([batch["image"], batch["image_strong"]])).chunk(2)
         told = self._supervised(logits, labels, known)
-        terms, confident = consistency(logits, strong, threshold=self._threshold)
+        threshold = self.get_buffer("threshold").clone() if self._fixed is None else self._fixed
+        terms, confident, confidence = consistency(logits, strong, threshold=threshold)
         unsupervised = mean_over(terms, ~known)
+        if self.training and self._fixed is None:
+            self._confidence.append(mean_over(confidence, ~known))
         return {
             **told, "loss": told["loss"] + self.params.weight * unsupervised, "unsupervised": unsupervised,
             "confident": mean_over(confident.float(), ~known),
@@ -173,7 +182,11 @@ class SemiSupervised(nn.Module):
         self._passed_on("after_backward", progress)
 
     def after_step(self, progress: Progress) -> None:
-        """Tell the other objective of its own steps."""
+        """Let FixMatch's threshold follow, over all processes; tell the other objective of its own steps."""
+        if self._confidence:
+            mean = distributed.mean(torch.stack(self._confidence).mean())
+            follow(self.get_buffer("threshold"), mean, steps=progress.steps)
+            self._confidence.clear()
         self._passed_on("after_step", progress)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
