@@ -10,7 +10,7 @@ from app.store.attempts import Held
 from worker.report import Event
 from worker.supervisor.lease import Lease
 
-FLUSH_SECONDS = 1.5
+FLUSH_SECONDS = 2.0
 FLUSH_BURST = 3.0  # the first lines of a run go out at once
 FLUSH_ROWS = 20_000
 
