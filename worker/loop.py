@@ -115,6 +115,7 @@ def train(
         state.metrics.update(finite)
         report.send(Metrics(rows=tuple((name, state.step, value) for name, value in finite.items())))
 
+    spread: float | None = None
     while state.step < plan.steps and not halted():
         epoch, position = divmod(state.step, plan.steps_per_epoch)
         if position == 0 and hasattr(module, "before_epoch"):
@@ -169,6 +170,7 @@ def train(
             if window.full or epoch_over:
                 _refuse_non_finite(window, state, data, module, training, plan)
                 tell({**window.means("train/"), "train/learning_rate": learning_rate})
+                spread = window.last("spread")
                 window.clear()
             if clock.should_show():
                 report.send(clock.shown(state.step))
@@ -178,7 +180,7 @@ def train(
                     tell(numbers)
                     if _judge(numbers, state, training, kind):
                         best_weights.update({key: value.clone() for key, value in module.state_dict().items()})
-                _report_collapse(numbers, state, training, report)
+                _report_collapse(module, spread, numbers, state, training, report)
             # The last one is written below, when everything about the end is known.
             if (
                 state.step < plan.steps
@@ -286,15 +288,23 @@ def _judge(numbers: Mapping[str, float], state: State, training: Training, kind:
     return better
 
 
-def _report_collapse(numbers: Mapping[str, float], state: State, training: Training, report: Reporter) -> None:
+def _report_collapse(
+    module: nn.Module, spread: float | None, numbers: Mapping[str, float], state: State, training: Training,
+    report: Reporter,
+) -> None:  # fmt: skip
     found = {name.removeprefix("probe/"): value for name, value in numbers.items() if name.startswith("probe/")}
-    if not found or state.collapse_reported or not collapsed(found):
+    least = getattr(module, "least_spread", None)
+    if least is not None and spread is not None and spread < least:
+        message = f"The loss compares embeddings that hardly differ from sample to sample: a spread of {spread:.3g}."
+        found["train_spread"] = spread
+    elif found and collapsed(found):
+        message = "The features tell the samples hardly apart any more."
+    else:
+        return
+    if state.collapse_reported:
         return
     state.collapse_reported = True
-    report.event(
-        "representation.collapsed", "The features tell the samples hardly apart any more.", level="warning",
-        step=state.step, **found,
-    )  # fmt: skip
+    report.event("representation.collapsed", message, level="warning", step=state.step, **found)
     if training.stop_on_collapse:
         state.ended_by = "collapse"
 

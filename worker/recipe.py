@@ -174,6 +174,8 @@ class Objective(Protocol):
                                      `picture_rows() -> int64 [n]` names
     probed(features)                 -> {"name": number}, told beside every probe's own; in eval mode, from the
                                      backbone's features of the probed rows, [rows, d]
+    least_spread                     float: an epoch that ends with a smaller `spread`, which forward gives of the
+                                     embeddings that the loss compares (1 where it should be), has collapsed
     opponents                        {"name of its loss": its submodules}: the loss is a sum of opposed ones and need
                                      not fall; each of these does while the submodules of the others stand still
     """

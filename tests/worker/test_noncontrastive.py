@@ -15,6 +15,7 @@ from worker.parts import compute
 from worker.parts.seed import generator
 from worker.pretrain import barlow_twins, vicreg
 from worker.recipe import Progress
+from worker.report import Event, Finished
 from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
@@ -161,6 +162,27 @@ def test_without_its_variance_term_vicreg_collapses(weight: float, digits: Datas
         assert spreads[-1] > 0.8 * spreads[0], spreads
     else:
         assert spreads[-1] < 0.3 * spreads[0], spreads
+
+
+@pytest.mark.parametrize(("weight", "batch"), [(0.0, 32), (0.0, 64), (25.0, 64)])
+def test_a_collapse_is_told_within_two_epochs_and_stops_where_asked(weight: float, batch: int, tmp_path: Path) -> None:
+    """Through the whole loop, with the learning rate that `auto` gives and no label anywhere."""
+    facts = sets.write_set(tmp_path / "set", sets.digits(20 * batch, 60))
+    spec = sets.spec(
+        "vicreg", model={"architecture": "small_cnn", "width": 0.25}, params={"variance_weight": weight},
+        training={"epochs": 5, "batch_size": batch, "stop_on_collapse": True},
+    )  # fmt: skip
+    heard, last = sets.carry_out(sets.order(spec, facts, tmp_path))
+    assert isinstance(last, Finished)
+    assert last.result is not None
+    collapsed = [event for event in heard.of(Event) if event.code == "representation.collapsed"]
+    if weight:
+        assert (collapsed, last.outcome) == ([], "succeeded")
+    else:
+        assert [event.level for event in collapsed] == ["warning"]
+        assert "spread of 0.0" in collapsed[0].message
+        assert (last.outcome, last.result["ended_by"]) == ("stopped", "collapse")
+        assert last.result["epochs"] <= 2
 
 
 @pytest.mark.parametrize("recipe", ["vicreg", "barlow_twins"])

@@ -55,6 +55,13 @@ class Window:
         told = zip(self.names, values, strict=True)
         return {f"{prefix}{name}": value for name, value in told if not math.isnan(value)}
 
+    def last(self, name: str) -> float | None:
+        """Give this loss of the newest step, None where it gave no such; reads from the device."""
+        if name not in self.names or not self._rows:
+            return None
+        value = self.values()[-1, self.names.index(name)].item()
+        return None if math.isnan(value) else value
+
     def first_not_finite(self) -> int | None:
         """Give the first step of the window whose loss is not finite; reads from the device."""
         if not self._rows:

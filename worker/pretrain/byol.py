@@ -18,6 +18,7 @@ from worker.parts.teacher import follow, momentum, teacher_of
 from worker.recipe import Batch, Info, Progress, Recipe, Requires, Width
 
 MOMENTUM = 0.996  # tau_base of section 3.3
+LEAST_SPREAD = 0.1  # directions begin at about 0.8 (var(relu) over its second moment, in the projector)
 
 
 class ByolParams(ViewParams):
@@ -51,6 +52,7 @@ class Byol(nn.Module):
 
     couples_batch = True  # through batch norm, without which it does not work
     epoch_steps = 128  # the teacher follows step by step
+    least_spread = LEAST_SPREAD
 
     def __init__(self, params: ByolParams, backbone: nn.Module, info: Info) -> None:
         super().__init__()

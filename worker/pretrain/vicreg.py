@@ -15,6 +15,8 @@ from worker.parts import distributed
 from worker.parts.heads import projector
 from worker.recipe import Batch, Info, Progress, Recipe, Requires, Width
 
+LEAST_SPREAD = 0.1  # the expander begins at 0.34 (var(relu) / 3 of its last layer) and is drawn towards 1
+
 
 class VicregParams(ViewParams):
     """The weights of the three terms, the expander and the views."""
@@ -69,6 +71,7 @@ class Vicreg(nn.Module):
     """A backbone with VICReg's expander, which is thrown away afterwards."""
 
     couples_batch = True
+    least_spread = LEAST_SPREAD
 
     def __init__(self, params: VicregParams, backbone: nn.Module, info: Info) -> None:
         super().__init__()
