@@ -71,10 +71,17 @@ class Requires:
     min_classes: int = 0
     architectures: tuple[str, ...] | None = None  # families: "convolutional", "mlp", "vit"; None is any
     reason: str | None = None  # said when the architecture is refused
+    alone: str | None = None  # why the loss cannot take turns with another one over one backbone
     trained: bool = False  # a model, or an architecture with published weights; a random start is refused
     # Parameters, each a number or several, that must be below the number of samples in the splits that the job looks at
     # (its parameter `splits`; `train` for a recipe without one).
     fewer_than_samples: tuple[str, ...] = ()
+    up_to_unlabelled: tuple[str, ...] = ()  # parameters that are at most the unlabelled samples of these splits
+    sample_numbers: tuple[str, ...] = ()  # parameters that hold numbers of samples, counted over all splits
+    # What a value of a parameter needs beyond the rest: {"method": {"tsne": {"min_samples": 8}}}; `labels`, too.
+    where: Mapping[str, Mapping[str, Mapping[str, int | bool]]] = field(default_factory=dict)
+    # Fields of the body that stay at their defaults, and why: {"training.early_stopping": "all train equally long"}.
+    without: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

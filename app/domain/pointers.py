@@ -179,7 +179,7 @@ def schema_defaults(schema: Mapping[str, Any], value: Mapping[str, Any], name: s
 
 def _filled(described: Mapping[str, Any], value: Mapping[str, Any], root: Mapping[str, Any]) -> Json:
     filled = dict(value)
-    for key, below in cast(Mapping[str, Any], _followed(described, root).get("properties", {})).items():
+    for key, below in cast(Mapping[str, Any], followed(described, root).get("properties", {})).items():
         if key not in filled and "default" in below:
             filled[key] = below["default"]
         if isinstance(filled.get(key), dict):
@@ -187,7 +187,7 @@ def _filled(described: Mapping[str, Any], value: Mapping[str, Any], root: Mappin
     return filled
 
 
-def _followed(described: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+def followed(described: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
     """Follow a `$ref` into the document's `$defs`; pydantic writes no other kind."""
     name = str(described.get("$ref", ""))
     if not name.startswith("#/$defs/"):

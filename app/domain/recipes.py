@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from app.domain.chosen import too_many
+from app.domain.chosen import not_given, too_many, unmet
 from app.domain.errors import Detail, Invalid
 from app.domain.pointers import not_finite, pointer, schema_defaults, schema_details, validation_details
 from app.domain.presets import laid_under, refused_preset
@@ -144,6 +144,12 @@ def _missing(spec: Spec, recipe: Published) -> Iterable[Detail]:
         )
     if recipe.requires.get("trained"):
         yield from _untrained(spec, recipe)
+    yield from not_given(recipe.requires, spec, recipe.name)
+    if spec.training.precision == "float16" and spec.resources.device == "cpu":
+        yield Detail(
+            pointer="/training/precision",
+            message="float16 has no usable arithmetic on a CPU: use bfloat16 or float32.",
+        )
     if spec.data.labels_per_class is not None and spec.data.label_fraction != 1:
         yield Detail(
             pointer="/data/labels_per_class",
@@ -219,7 +225,9 @@ def _check_data(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -> It
             pointer="/dataset", message=f"{recipe.name} needs at least {least} training samples; there are {samples}."
         )
         return
-    yield from too_many(requires, spec.params, dataset["splits"])
+    budget = not keeps_all_labels  # then the run knows which labels are hidden
+    yield from too_many(requires, spec.params, dataset["splits"], {} if budget else dataset["labelled"])
+    yield from unmet(requires, spec.params, dataset["splits"], dataset["labelled"])
     if recipe.kind in _TRAINS:
         yield from _check_batch(spec, recipe, samples)
 
@@ -302,6 +310,8 @@ def warnings(spec: Spec, dataset: Mapping[str, Any] | None) -> list[str]:
     found: list[str] = []
     samples = int(dataset["splits"].get("train", 0)) if dataset else None
     batch = spec.training.batch_size
+    if spec.resources.device == "cpu" and spec.resources.gpus > 1:
+        found.append(f"resources.gpus is {spec.resources.gpus}, but resources.device is cpu: no GPU is used.")
     if samples is not None and isinstance(batch, int) and batch > samples:
         found.append(f"training.batch_size is {batch}, but there are only {samples} training samples.")
     if spec.training.preset is not None and samples and spec.training.steps is None:

@@ -8,6 +8,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Unavailable
+from app.domain.recipes import Published
 from app.store import tables
 from app.store.clock import Now
 
@@ -62,6 +63,25 @@ def names(session: Session) -> list[str]:
 def every_architecture(session: Session) -> Sequence[tables.Architecture]:
     """Give all architectures by name."""
     return session.scalars(select(tables.Architecture).order_by(tables.Architecture.name)).all()
+
+
+class Recipes(Mapping[str, Published]):
+    """Every published recipe by name, each read when it is asked for."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __getitem__(self, name: str) -> Published:
+        row = find(self._session, name)
+        if row is None:
+            raise KeyError(name)
+        return Published(row.name, row.kind, row.version, row.tasks, row.schema, row.defaults, row.requires)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(names(self._session))
+
+    def __len__(self) -> int:
+        return len(names(self._session))
 
 
 class Architectures(Mapping[str, Mapping[str, Any]]):

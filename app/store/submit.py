@@ -6,6 +6,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, Detail, Invalid, NotFound
+from app.domain.inner_jobs import check_inner
 from app.domain.jobs import Kind, Status
 from app.domain.recipes import Network, Published, check, refuse, resolve, unknown, warnings
 from app.domain.spec import Architecture, Spec
@@ -66,8 +67,8 @@ def prepare(session: Session, project_id: str, body: Json) -> Submission:
         Conflict: something it starts from is not ready, or never will be; the error carries its status.
         Unavailable: no worker ever published a recipe.
     """
-    row = _recipe(session, body)
-    recipe = Published(row.name, row.kind, row.version, row.tasks, row.schema, row.defaults, row.requires)
+    published = recipes.Recipes(session)
+    recipe = _recipe(session, body, published)
     architectures = recipes.Architectures(session)
     spec = resolve(body, recipe, architectures)
     dataset = _dataset(session, project_id, spec.dataset) if spec.dataset else None
@@ -80,7 +81,10 @@ def prepare(session: Session, project_id: str, body: Json) -> Submission:
         base_model, wait_for = _parent(session, project_id, spec.model)
     network = _network(session, spec, base_model, wait_for, architectures)
     facts = dataset.facts if dataset else None
-    if details := check(spec, recipe, network, facts):
+    if details := [
+        *check(spec, recipe, network, facts),
+        *check_inner(spec, recipe, published, network, facts),
+    ]:
         raise refuse(details)
     if spec.name is None:
         name = f"{recipe.name}-{dataset.name}" if dataset else recipe.name
@@ -88,16 +92,15 @@ def prepare(session: Session, project_id: str, body: Json) -> Submission:
     return Submission(spec, recipe, dataset, base_model, wait_for, tuple(warnings(spec, facts)))
 
 
-def _recipe(session: Session, body: Json) -> tables.Recipe:
+def _recipe(session: Session, body: Json, published: recipes.Recipes) -> Published:
     name = body.get("recipe")
     if not isinstance(name, str):
         message = "Name the recipe to run; GET /v1/recipes lists them." if name is None else "Give a recipe's name."
         raise refuse([Detail(pointer="/recipe", message=message)])
-    found = recipes.find(session, name)
-    if found is None:
+    if name not in published:
         recipes.require_published(session)
-        raise refuse([unknown("recipe", name, recipes.names(session), at="/recipe")])
-    return found
+        raise refuse([unknown("recipe", name, list(published), at="/recipe")])
+    return published[name]
 
 
 def _dataset(session: Session, project_id: str, dataset_id: str) -> tables.Dataset:

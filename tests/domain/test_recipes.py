@@ -276,6 +276,8 @@ def test_warnings_name_what_will_hardly_work_as_meant() -> None:
     assert "only 100 training samples" in batch
     assert "160 labels" in labels
     assert "nothing to look at" in stopping
+    (unused,) = warnings(Spec.model_validate(body(resources={"device": "cpu", "gpus": 2})), facts())
+    assert "no GPU is used" in unused
     assert warnings(Spec.model_validate(body()), facts()) == []
 
 
@@ -313,3 +315,75 @@ def _refused(body: dict[str, Any], of: Published) -> dict[str, str]:
 def test_a_number_that_the_samples_limit(params: dict[str, Any], found: dict[str, str]) -> None:
     of = recipe(kind="apply", requires={"fewer_than_samples": ["k"]})
     assert checked({"params": params}, of=of) == found
+
+
+@pytest.mark.parametrize(
+    ("requires", "params", "dataset", "at", "says"),
+    [
+        (
+            {"up_to_unlabelled": ["k"]},
+            {"k": 41},
+            {"labelled": {"train": 60}},
+            "/params/k",
+            "40 of the samples have no label",
+        ),
+        ({"up_to_unlabelled": ["k"]}, {"k": 40}, {"labelled": {"train": 60}}, None, ""),
+        (
+            {"sample_numbers": ["ids"]},
+            {"ids": [0, 110]},
+            {},
+            "/params/ids/1",
+            "no sample 110; the dataset numbers them 0 to 109",
+        ),
+        ({"sample_numbers": ["ids"]}, {"ids": [0, 109]}, {}, None, ""),
+        (
+            {"where": {"m": {"tsne": {"min_samples": 101}}}},
+            {"m": "tsne"},
+            {},
+            "/params/m",
+            "tsne needs at least 101 samples",
+        ),
+        ({"where": {"m": {"tsne": {"min_samples": 101}}}}, {"m": "pca"}, {}, None, ""),
+        ({"where": {"m": {"tsne": {"min_samples": 101}}}}, {"m": "tsne", "splits": None}, {}, None, ""),
+        ({"where": {"m": {"knn": {"labels": True}}}}, {"m": "knn"}, {}, None, ""),
+        (
+            {"where": {"m": {"knn": {"labels": True}}}},
+            {"m": "knn"},
+            {"labelled": {"train": 0}},
+            "/params/m",
+            "knn needs labels",
+        ),
+    ],
+)
+def test_what_a_value_needs_of_the_data_is_checked(
+    requires: dict[str, Any], params: dict[str, Any], dataset: dict[str, Any], at: str | None, says: str
+) -> None:
+    schema = {"properties": {"params": {"type": "object"}}}
+    wanted = recipe(schema=schema, requires=requires, kind="apply")
+    spec = resolve(body(params=params), wanted, ARCHITECTURES)
+    details = {each.pointer: each.message for each in check(spec, wanted, None, facts(**dataset))}
+    assert list(details) == ([at] if at else []), details
+    assert at is None or says in details[at]
+
+
+def test_labels_that_a_budget_hides_are_left_to_the_run() -> None:
+    wanted = recipe(schema={"properties": {"params": {"type": "object"}}}, requires={"up_to_unlabelled": ["k"]})
+    spec = resolve(body(params={"k": 90}, data={"labels_per_class": 1}), wanted, ARCHITECTURES)
+    assert check(spec, wanted, None, facts()) == []
+
+
+def test_a_field_that_a_recipe_wants_left_out_is_named_with_the_reason() -> None:
+    requires = {"without": {"training.max_seconds": "all train equally long", "data.label_fraction": "it is a param"}}
+    details = details_of(body(training={"max_seconds": 5}, data={"label_fraction": 0.5}), requires=requires)
+    assert details == {
+        "/training/max_seconds": "Leave this out for image_classification: all train equally long.",
+        "/data/label_fraction": "Leave this out for image_classification: it is a param.",
+    }
+    same = body(training={"max_seconds": None}, data={"label_fraction": 1.0})
+    assert resolve(same, recipe(requires=requires), ARCHITECTURES).data.label_fraction == 1
+
+
+def test_half_precision_on_a_processor_is_refused() -> None:
+    asked = body(training={"precision": "float16"}, resources={"device": "cpu"})
+    assert "use bfloat16" in details_of(asked)["/training/precision"]
+    resolve(body(training={"precision": "float16"}), recipe(), ARCHITECTURES)

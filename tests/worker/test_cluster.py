@@ -68,10 +68,10 @@ def test_the_number_of_clusters_is_chosen_by_silhouette(pretrained: BaseModelInp
 @pytest.mark.parametrize(
     ("recipe", "params", "says"),
     [
-        ("cluster", {"clusters": 160}, "params/clusters: There are 160 samples"),
-        ("cluster", {"clusters": [2, 200]}, "params/clusters/1: There are 160 samples"),
-        ("select", {"count": 160}, "params/count: There are 160 samples"),
-        ("select", {"count": 3}, "params/count: 3 samples cannot be chosen; 0 have no label here."),
+        ("cluster", {"clusters": 160}, "params.clusters: There are 160 samples"),
+        ("cluster", {"clusters": [2, 200]}, "params.clusters.1: There are 160 samples"),
+        ("select", {"count": 160}, "params.count: There are 160 samples"),
+        ("select", {"count": 3}, "params.count: 0 of the samples have no label, not 3"),
     ],
 )
 def test_more_than_there_are(
@@ -200,7 +200,7 @@ def test_a_map_without_labels_shows_clusters_and_takes_a_single_image(
         assert len(last.result["legend"]) == groups
     _, refused = sets.carry_out(order("map", facts, tmp_path / "1", pretrained))
     assert isinstance(refused, Failed)
-    assert "t-SNE needs at least 8 samples" in refused.error.message
+    assert "tsne needs at least 8 samples" in refused.error.message
 
 
 @pytest.mark.parametrize("recipe", ["embed", "cluster", "neighbours", "outliers", "select", "map"])

@@ -163,7 +163,7 @@ def test_grey_and_colour_labelled_or_not_and_a_single_image(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"params": {"components": 500, "splits": ["test"]}}, "params/components: There are 60 samples"),
+        ({"params": {"components": 500, "splits": ["test"]}}, "params.components: There are 60 samples"),
         ({"params": {"components": 100}}, "64 dimensions"),
         ({"params": {"splits": ["validation"]}}, "no validation split; it has train, test"),
         ({"params": {"splits": []}}, "splits: Tuple should have at least 1 item"),

@@ -92,6 +92,13 @@ def test_every_field_is_described_and_bounded(any_recipe: Recipe) -> None:
                 assert {"maximum", "exclusiveMaximum"} & set(kind), f"{name} has no upper bound"
 
 
+def test_it_says_whether_its_loss_can_take_turns(recipe: Recipe, digits: DatasetFacts, tmp_path: Path) -> None:
+    """A loss that looks at whole epochs, chooses its rows or plays against another cannot, and is never asked to."""
+    objective = make(recipe, digits, tmp_path).objective
+    hooks = [hook for hook in ("before_epoch", "sample_weights", "opponents") if hasattr(objective, hook)]
+    assert recipe.kind != "pretrain" or (recipe.requires.alone is not None) == bool(hooks), hooks
+
+
 def test_one_step_gives_a_finite_loss_and_every_gradient(recipe: Recipe, digits: DatasetFacts, tmp_path: Path) -> None:
     made = make(recipe, digits, tmp_path)
     begun(made)

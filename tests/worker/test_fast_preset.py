@@ -12,6 +12,7 @@ from app.domain.spec import Optimizer
 from tests.worker import sets
 from worker.parts.tuning import Workload, learning_rate
 from worker.report import Planned, Saved
+from worker.trainer import alone
 from worker.trainer.assembly import assemble
 
 pytestmark = pytest.mark.worker
@@ -70,9 +71,9 @@ def test_the_mirrors_of_a_run_follow_its_seed_and_its_epochs(stripes: DatasetFac
     assert [batch["epoch"].tolist() for batch in batches] == [[0] * 3, [3] * 3]
 
 
-def test_another_recipe_says_that_it_has_none(stripes: DatasetFacts, tmp_path: Path) -> None:
+def test_another_recipe_says_that_it_has_none(stripes: DatasetFacts) -> None:
     with pytest.raises(UserFault, match="made for image_classification: leave it out for simclr"):
-        sets.order({**job(), "recipe": "simclr"}, stripes, tmp_path)
+        alone.check({**job(), "recipe": "simclr", "model": {"architecture": "small_cnn"}}, stripes)
 
 
 def test_its_rate_goes_with_the_batch_and_not_to_other_networks_or_optimisers() -> None:

@@ -213,6 +213,6 @@ def test_a_child_that_needs_what_is_not_there_is_named(digits: DatasetFacts) -> 
     body = {"recipe": "image_classification", "model": sets.NETWORK}
     unlabelled = digits.model_copy(update={"labelled": {"train": 0}})
     with pytest.raises(UserFault, match="Child 'x': dataset: image_classification needs labels"):
-        alone.check(body, "x", unlabelled)
-    assert alone.check(body, "x", digits).training.epochs == 10
+        alone.check(body, unlabelled, child="x")
+    assert alone.check(body, digits, child="x").training.epochs == 10
     assert replace(TREE, name="other").plan is plan

@@ -225,7 +225,7 @@ def test_a_run_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert lines[-1]["type"] == "finished"
     assert {"planned", "metrics", "event", "progress"} <= {line["type"] for line in lines}
     made = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
-    assert made == {"model.safetensors", "config.json", "README.md", "metrics.json"}
+    assert made == {"model.safetensors", "config.json", "README.md", "metrics.json", "result.json"}
     (tmp_path / "spec.json").write_text("{not json")
     assert local.run(__main__.arguments(given)) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["fault"] == "user"

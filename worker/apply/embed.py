@@ -32,7 +32,7 @@ def apply(context: Context) -> Result:
     dimension = context.info.feature_dimension
     if params.components is not None and params.components > dimension:
         raise UserFault(
-            f"params/components: the model's features have {dimension} dimensions; {params.components} components "
+            f"params.components: the model's features have {dimension} dimensions; {params.components} components "
             "cannot be taken of them.", code="too_many_components",
         )  # fmt: skip
     samples = context.samples(params.splits)

@@ -14,12 +14,19 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from app.domain.errors import DataFault, UserFault
-from app.domain.spec import Architecture
+from app.domain.inner_jobs import Part
+from app.domain.spec import Architecture, Spec
 from worker.parts import chart
 from worker.recipe import Child, Facts, Gathered, Params, Recipe, Requires
 
 STARTS = ("random", "model")
 HEADS_ONLY = {"trainable": "head"}
+WITHOUT = {
+    "training.early_stopping": "cells are compared after the same number of steps",
+    "training.max_seconds": "cells are compared after the same number of steps",
+    "data.label_fraction": "the budgets of labels are params.fractions or params.labels_per_class",
+    "data.labels_per_class": "the budgets of labels are params.fractions or params.labels_per_class",
+}
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -38,6 +45,7 @@ class LabelEfficiencyParams(Params):
         default={},
         description='`params` of image_classification. With {"trainable": "head"} alone, all linear heads of a start '
         "are trained together in one job.",
+        json_schema_extra=Part(recipe="image_classification").keyword(),
     )
 
     @property
@@ -128,16 +136,11 @@ def _refuse_unfair(facts: Facts) -> None:
             "The test split has no labels to compare by.", code="no_test_labels", phase="plan",
             hint="Use a dataset with a labelled `test` folder.",
         )  # fmt: skip
-    for field in ("early_stopping", "max_seconds"):
-        if getattr(spec.training, field) is not None:
-            raise UserFault(
-                f"training.{field}: cells are compared after the same number of steps; leave this out.", phase="plan"
-            )
-    if spec.data.labels_per_class is not None or spec.data.label_fraction != 1:
-        raise UserFault(
-            "data: the budgets of labels are params.fractions or params.labels_per_class; leave them out here.",
-            phase="plan",
-        )  # fmt: skip
+    body = spec.model_dump()
+    for field, why in WITHOUT.items():
+        section, name = field.split(".")
+        if body[section][name] != Spec.model_fields[section].default.model_dump()[name]:
+            raise UserFault(f"{field}: {why}; leave this out.", phase="plan")
 
 
 def _heads(params: LabelEfficiencyParams, facts: Facts) -> dict[str, Any]:
@@ -260,7 +263,7 @@ RECIPE = Recipe(
     summary="Measure whether pretraining pays: fine-tuning from a random start and from a model over label budgets.",
     tasks=("image_classification",),
     Params=LabelEfficiencyParams,
-    requires=Requires(labels=True, test_labels=True, trained=True, min_samples=2, min_classes=2),
+    requires=Requires(labels=True, test_labels=True, trained=True, min_samples=2, min_classes=2, without=WITHOUT),
     defaults={"training": {"steps": 500}},
     plan=plan,
     gather=gather,

@@ -49,7 +49,7 @@ def apply(context: Context) -> Result:
     rows = torch.randperm(len(samples), generator=generator(context.seed, "map"))[: params.samples].sort()[0]
     if params.method == "tsne" and len(rows) < FEWEST_FOR_TSNE:
         raise UserFault(
-            f"params/method: t-SNE needs at least {FEWEST_FOR_TSNE} samples; there are {len(rows)}. Use pca.",
+            f"params.method: t-SNE needs at least {FEWEST_FOR_TSNE} samples; there are {len(rows)}. Use pca.",
             code="too_few_samples",
         )
     points = unit(context.features(samples)[rows], context.device)
@@ -126,6 +126,6 @@ RECIPE = Recipe(
     summary="Draw a dataset as a model sees it: one disc per sample, alike samples near each other.",
     tasks=("image_classification", "unlabelled_images"),
     Params=MapParams,
-    requires=Requires(min_samples=0, trained=True),
+    requires=Requires(min_samples=0, trained=True, where={"method": {"tsne": {"min_samples": FEWEST_FOR_TSNE}}}),
     apply=apply,
 )

@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from app.domain.errors import UserFault
+from app.domain.inner_jobs import Part
 from app.domain.spec import Architecture
 from worker.parts import metrics
-from worker.recipe import Child, Facts, Gathered, Params, Recipe
+from worker.recipe import Child, Facts, Gathered, Params, Recipe, Requires
 
 Score = Literal["knn_accuracy", "linear_accuracy", "effective_rank"]
+_OF_METHOD = Part(named_by="recipe", called_by="name", kinds=("pretrain",))
 
 
 class Method(Params):
@@ -28,8 +30,13 @@ class Method(Params):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")] | None = Field(
         default=None, description="What it is called in the table; null is the recipe's name."
     )
-    params: dict[str, Any] = Field(default={}, description="`params` of the recipe.")
-    training: dict[str, Any] = Field(default={}, description="Laid over the job's `training`, for this method.")
+    params: dict[str, Any] = Field(
+        default={}, description="`params` of the recipe.", json_schema_extra=_OF_METHOD.keyword()
+    )
+    training: dict[str, Any] = Field(
+        default={}, description="Laid over the job's `training`, for this method.",
+        json_schema_extra=_OF_METHOD.model_copy(update={"part": "training"}).keyword(),
+    )  # fmt: skip
 
     @property
     def label(self) -> str:
@@ -254,6 +261,7 @@ RECIPE = Recipe(
     summary="Try several pretraining methods, halve the field by the health of their features, train the winner fully.",
     tasks=("image_classification", "unlabelled_images"),
     Params=MethodRaceParams,
+    requires=Requires(where={"score": {name: {"labels": True} for name in ("knn_accuracy", "linear_accuracy")}}),
     plan=plan,
     gather=gather,
     gives_model=True,

@@ -51,7 +51,7 @@ def _asked(params: NeighboursParams, everything: Samples) -> Tensor:
     wrong = [number for number in params.samples or () if number >= len(everything)]
     if wrong:
         raise UserFault(
-            f"params/samples: there is no sample {wrong[0]}; the dataset numbers them 0 to {len(everything) - 1}.",
+            f"params.samples: there is no sample {wrong[0]}; the dataset numbers them 0 to {len(everything) - 1}.",
             code="no_such_sample",
         )
     return torch.tensor(params.samples or (), dtype=torch.int64)
@@ -114,6 +114,6 @@ RECIPE = Recipe(
     summary="Find the most similar samples of some or of all samples.",
     tasks=("image_classification", "unlabelled_images"),
     Params=NeighboursParams,
-    requires=Requires(min_samples=0, trained=True, fewer_than_samples=("k",)),
+    requires=Requires(min_samples=0, trained=True, fewer_than_samples=("k",), sample_numbers=("samples",)),
     apply=apply,
 )

@@ -43,7 +43,7 @@ def apply(context: Context) -> Result:
     free = int((~covered).sum())
     if params.count > free:
         raise UserFault(
-            f"params/count: {params.count} samples cannot be chosen; {free} have no label here.",
+            f"params.count: {params.count} samples cannot be chosen; {free} have no label here.",
             code="too_few_unlabelled", hint="Lower count; data.labels_per_class hides labels, to try this out.",
         )  # fmt: skip
     points = unit(context.features(samples), context.device)
@@ -104,6 +104,6 @@ RECIPE = Recipe(
     summary="Choose the unlabelled samples whose labels would say the most.",
     tasks=("image_classification", "unlabelled_images"),
     Params=SelectParams,
-    requires=Requires(min_samples=0, trained=True, fewer_than_samples=("count",)),
+    requires=Requires(min_samples=0, trained=True, fewer_than_samples=("count",), up_to_unlabelled=("count",)),
     apply=apply,
 )

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from torch import Generator, Tensor, nn
 
 from app.domain.errors import UserFault
+from app.domain.inner_jobs import Part
 from app.domain.spec import Training
 from worker.data.policy import Augment, Level, View, policy
 from worker.data.rand_augment import BINS, RandAugment, beside
@@ -29,12 +30,6 @@ FIXMATCH = "fixmatch"
 # Said where another one is refused; any other pretraining recipe without the hooks below works as well.
 OBJECTIVES = ("simclr", "byol", "vicreg", "barlow_twins", "dino", "autoencoder", "vae", "mae")
 WORKING = f"{FIXMATCH}, {', '.join(OBJECTIVES)} (with vision transformers only)"
-# What an objective cannot have beside other steps, and why.
-REFUSED = {
-    "before_epoch": "it looks at all images of an epoch by their numbers",
-    "sample_weights": "it chooses the images of its steps itself",
-    "opponents": "its networks play against each other at every step",
-}
 
 
 class FixMatchParams(Params):
@@ -57,7 +52,18 @@ class SemiSupervisedParams(Params):
     objective: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)] = Field(
         default=FIXMATCH, description="`fixmatch`, or the pretraining recipe whose loss the unlabelled images get."
     )
-    objective_params: dict[str, Any] = Field(default={}, description="Parameters of that objective.")
+    objective_params: dict[str, Any] = Field(
+        default={}, description="Parameters of that objective.",
+        json_schema_extra=Part(
+            named_by="objective", kinds=("pretrain",), in_turns=True,
+            own={FIXMATCH: FixMatchParams.model_json_schema()},
+            without=dict.fromkeys(
+                PretrainParams.model_fields,
+                "the backbone is that of both kinds of steps; use params.backbone_learning_rate_scale or "
+                "params.layer_decay",
+            ),
+        ).keyword(),
+    )  # fmt: skip
     ratio: float | None = Field(
         default=None, ge=0.01, le=1000,
         description="Unsupervised steps for each supervised one; with fixmatch unlabelled images for each labelled one "
@@ -110,7 +116,9 @@ class SemiSupervised(nn.Module):
             info.feature_dimension, len(info.classes), hidden=params.head.widths, activation=params.head.activation,
             dropout=params.head.dropout, bias=bool(backbone.head_bias),
         )  # fmt: skip
-        self.unsupervised: Any = None if recipe is None else borrowed(_built(recipe, inner, backbone, info))
+        self.unsupervised: Any = None
+        if recipe is not None and recipe.build is not None:
+            self.unsupervised = borrowed(recipe.build(inner, backbone, info))
         self._fixed = inner.threshold if isinstance(inner, FixMatchParams) else 1.0
         if self._fixed is None:
             self.register_buffer("threshold", torch.tensor(1 / len(info.classes)))  # nobody is less confident
@@ -224,6 +232,11 @@ def chosen(params: SemiSupervisedParams, info: Info) -> tuple[Recipe | None, Any
             raise UserFault(f"params.objective: there is no {name!r}; use {WORKING}.", code="objective") from error
         if recipe.kind != "pretrain":
             raise UserFault(f"params.objective: {name} is no pretraining recipe; use {WORKING}.", code="objective")
+        if recipe.requires.alone is not None:
+            raise UserFault(
+                f"params.objective: {name} cannot take turns with supervised steps, because {recipe.requires.alone}; "
+                f"use {WORKING}. Or pretrain with it first, and give its model to this job.", code="objective",
+            )  # fmt: skip
         families, family = recipe.requires.architectures, info.architecture["family"]
         if families is not None and family not in families:
             why = recipe.requires.reason or f"{name} works with {' and '.join(families)} networks only"
@@ -239,23 +252,6 @@ def chosen(params: SemiSupervisedParams, info: Info) -> tuple[Recipe | None, Any
         first = error.errors()[0]
         where = ".".join(str(each) for each in ("params.objective_params", *first["loc"]))
         raise UserFault(f"{where}: {first['msg']} (of {name}).", code="invalid_spec") from error
-
-
-def _built(recipe: Recipe, params: Params, backbone: nn.Module, info: Info) -> nn.Module:
-    """Build the other objective.
-
-    Raises:
-        UserFault: it cannot take turns with supervised steps.
-    """
-    assert recipe.build is not None
-    made = recipe.build(params, backbone, info)
-    for hook, why in REFUSED.items():
-        if hasattr(made, hook):
-            raise UserFault(
-                f"params.objective: {recipe.name} cannot take turns with supervised steps, because {why}; use "
-                f"{WORKING}. Or pretrain with it first, and give its model to this job.", code="objective",
-            )  # fmt: skip
-    return made
 
 
 def borrowed(objective: nn.Module) -> nn.Module:

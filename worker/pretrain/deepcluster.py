@@ -191,7 +191,12 @@ RECIPE = Recipe(
     summary="Learn features without labels: name the cluster of each image, cluster by what was learnt, and again.",
     tasks=("image_classification", "unlabelled_images"),
     Params=DeepClusterParams,
-    requires=Requires(min_samples=3, min_batch=2, fewer_than_samples=("clusters",)),
+    requires=Requires(
+        min_samples=3,
+        min_batch=2,
+        fewer_than_samples=("clusters",),
+        alone="it looks at all images of an epoch by their numbers, and chooses those of its steps itself",
+    ),
     defaults={"training": {"epochs": 100, "weight_decay": 1e-5}},
     build=DeepCluster,
     inputs=inputs,

@@ -202,7 +202,7 @@ RECIPE = Recipe(
     summary="Learn features without labels: tell images from generated ones, which another network makes ever better.",
     tasks=("image_classification", "unlabelled_images"),
     Params=GanParams,
-    requires=Requires(min_samples=2, min_batch=2),
+    requires=Requires(min_samples=2, min_batch=2, alone="its networks play against each other at every step"),
     defaults={
         "training": {
             "epochs": 100,

@@ -6,13 +6,15 @@ is done on local disk, with the same checks. What the children make is kept belo
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from app.domain import recipes as rules
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import Invalid, JobFault, UserFault
+from app.domain.inner_jobs import check_inner
+from app.domain.models import ModelConfig
 from app.domain.recipes import Published
 from app.domain.spec import Architecture, Spec
 from worker import catalogue
@@ -58,7 +60,8 @@ def _run_child(
 ) -> dict[str, Any]:  # fmt: skip
     """Check, run and remember one child of `total`, of which `before` have ended."""
     key = str(body["child_key"])
-    spec = check({name: value for name, value in body.items() if name != "child_key"}, key, order.dataset)
+    given = {name: value for name, value in body.items() if name != "child_key"} | {"name": key}
+    spec = check(given, order.dataset, child=key)
     if isinstance(spec.model, str) and spec.model not in models:
         raise UserFault(f"Child {key!r}: there is no model {spec.model} here.", phase="plan")
     found = catalogue.recipe(spec.recipe)
@@ -109,23 +112,47 @@ def _run_child(
     }  # fmt: skip
 
 
-def check(body: dict[str, Any], key: str, dataset: DatasetFacts | None) -> Spec:
-    """Check the body of a child with the rules of `POST /v1/jobs`, by what this worker would publish.
+def check(
+    body: dict[str, Any], dataset: DatasetFacts | None, model: ModelConfig | None = None, *, child: str | None = None
+) -> Spec:
+    """Check the body of a job with the rules of `POST /v1/jobs`, by what this worker would publish.
+
+    `model` is what `--model` gives to start from; null, like a null dataset, leaves its checks out.
 
     Raises:
-        UserFault: the API would refuse it; the message names the child and the field.
+        UserFault: the API would refuse it; the message names the field, and the child whose body it is.
     """
-    row = catalogue.row(catalogue.recipe(str(body.get("recipe"))))
-    recipe = Published(**{name: row[name] for name in Published.__dataclass_fields__})
+    known = _Known()
+    recipe = known[catalogue.recipe(str(body.get("recipe"))).name]
     facts = {each["name"]: each["facts"] for each in architectures.facts()}
+    start = {"model": MODEL} if model is not None else {}
     try:
-        spec = rules.resolve(body | {"dataset": DATASET, "name": key}, recipe, facts)
+        spec = rules.resolve({**body, **start, "dataset": DATASET}, recipe, facts)
         network = None
         if isinstance(spec.model, Architecture):
             network = rules.Network(spec.model.model_dump(mode="json"), facts[spec.model.architecture])
-        known = cast("dict[str, Any] | None", dataset.model_dump(mode="json") if dataset is not None else None)
-        if details := rules.check(spec, recipe, network, known):
+        elif model is not None:
+            options = {**model.architecture, "image_size": model.image_size}
+            network = rules.Network(options, facts[options["architecture"]], by_reference=True)
+        rows = cast("dict[str, Any] | None", dataset.model_dump(mode="json") if dataset is not None else None)
+        details = [*rules.check(spec, recipe, network, rows), *check_inner(spec, recipe, known, network, rows)]
+        if details:
             raise rules.refuse(details)
     except Invalid as refused:
-        raise UserFault(f"Child {key!r}: {refused.message}", phase="plan") from refused
+        whose = f"Child {child!r}: " if child else ""
+        raise UserFault(f"{whose}{refused.message}", code="invalid_spec", phase="plan") from refused
     return spec
+
+
+class _Known(Mapping[str, Published]):
+    """The recipes of this worker as it publishes them, each made when it is asked for."""
+
+    def __getitem__(self, name: str) -> Published:
+        row = catalogue.row(catalogue.recipes()[name])
+        return Published(**{key: row[key] for key in Published.__dataclass_fields__})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(catalogue.recipes())
+
+    def __len__(self) -> int:
+        return len(catalogue.recipes())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.domain.chosen import too_many
+from app.domain.chosen import too_many, unmet
 from app.domain.datasets import SPLITS, DatasetFacts
 from app.domain.errors import UserFault
 from worker import catalogue
@@ -50,8 +50,9 @@ def run(order: Order, reporter: Reporter) -> Finished:
     spec, recipe, params = read_spec(order.spec)
     assert recipe.apply is not None
     chosen = params.model_dump(mode="json")
-    if found := too_many(asdict(recipe.requires), chosen, facts.splits):
-        raise UserFault(f"{found[0].pointer[1:]}: {found[0].message}", code="too_few_samples")
+    needs, labelled = asdict(recipe.requires), {} if reduced(spec.data) else facts.labelled
+    for wrong in (*too_many(needs, chosen, facts.splits, labelled), *unmet(needs, chosen, facts.splits, labelled)):
+        raise UserFault(f"{wrong.pointer[1:].replace('/', '.')}: {wrong.message}", code="too_few_samples")
     device = choose_device(spec, order)
     given = Plan.model_validate(order.plan) if order.plan is not None else None
     threads = given.threads if given is not None else order.threads
@@ -159,7 +160,7 @@ class Seen:
         for split in splits or ():
             if split not in there:
                 raise UserFault(
-                    f"params/splits: the dataset has no {split} split; it has {', '.join(there)}.", code="no_such_split"
+                    f"params.splits: the dataset has no {split} split; it has {', '.join(there)}.", code="no_such_split"
                 )
         names = [split for split in there if splits is None or split in splits]
         sources = [self._source(name) for name in names]

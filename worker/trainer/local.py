@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from app.domain.errors import JobFault, UserFault
 from app.domain.models import ModelConfig
-from app.domain.presets import laid_under, refused_preset
+from app.domain.presets import laid_under
 from worker import catalogue, ingest
 from worker.ingest.dataset import LIMITS
 from worker.report import BaseModelInput, Failed, Finished, Message, Order, Reporter
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not isinstance(spec, dict):
             raise UserFault(f"{arguments.spec} is not a JSON object.", code="invalid_spec")
         model = local_model(Path(arguments.model)) if arguments.model else None
+        alone.check(spec, None, model.config if model is not None else None)  # before the data is read
         data = scratch / "data"
         data.mkdir(parents=True, exist_ok=True)
         if arguments.data.startswith("builtin:"):
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         else:
             dataset = ingest.ingest_folder(arguments.data, data, reporter=reporter, threads=threads)
+        alone.check(spec, dataset.facts, model.config if model is not None else None)
         order = local_order(spec, dataset.facts, scratch, cache, threads=threads, device=arguments.device, model=model)
     except JobFault as fault:
         reporter.send(Failed(error=fault.failure("ingest")))
@@ -95,8 +97,6 @@ def local_order(
 ) -> Order:  # fmt: skip
     """Make the order of a run without a server."""
     found = catalogue.recipe(str(spec.get("recipe")))
-    if (refused := refused_preset(spec, found.name)) is not None:
-        raise UserFault(f"training.preset: {refused.message}", code="preset")
     body = laid_under(spec, found.name, found.defaults)
     return Order(
         job="job_local", attempt=1, kind=found.kind, recipe=found.name, spec=body, dataset=facts, scratch=str(scratch),

@@ -1,0 +1,86 @@
+"""A run with no server: what the API would refuse is refused here in the same words, most of it before data is read."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.worker import sets
+from worker.trainer import local
+
+pytestmark = pytest.mark.worker
+
+CNN = {"architecture": "small_cnn", "width": 0.25}
+
+
+def refused(spec: dict[str, Any], data: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    path = folder / "spec.json"
+    path.write_text(json.dumps(spec))
+    given = argparse.Namespace(
+        spec=str(path), data=str(data), out=str(folder / "out"), model=None, cache=None, threads=1, processes=None,
+        device="cpu",
+    )  # fmt: skip
+    assert local.run(given) == 1
+    *_, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert last["type"] == "failed"
+    assert last["error"]["fault"] == "user"
+    return last["error"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        (
+            {"recipe": "simclr", "model": {"architecture": "small_cn"}},
+            "model.architecture: Unknown architecture 'small_cn'",
+        ),
+        ({"recipe": "simclr", "model": CNN, "trainning": {}}, "trainning: Unknown field; did you mean training?"),
+        (
+            {"recipe": "simclr", "model": CNN, "training": {"preset": "fast"}},
+            "training.preset: The preset fast is made for",
+        ),
+        ({"recipe": "simclr"}, "model: Give a network to start from"),
+        ({"recipe": "mae", "model": CNN}, "model.architecture: small_cnn is a convolutional network"),
+        (
+            {
+                "recipe": "semi_supervised",
+                "model": CNN,
+                "params": {"objective": "simclr", "objective_params": {"temperatur": 1}},
+            },
+            "params.objective_params.temperatur: Unknown field; did you mean temperature?",
+        ),
+        (
+            {"recipe": "semi_supervised", "model": CNN, "params": {"objective": "gan"}},
+            "params.objective: gan cannot take turns with another loss, because its networks play against each other",
+        ),
+        (
+            {"recipe": "method_race", "model": CNN, "params": {"methods": [{"recipe": "simclr"}, {"recipe": "mae"}]}},
+            "params.methods.1.recipe: small_cnn is a convolutional network",
+        ),
+    ],
+)
+def test_a_wrong_body_is_refused_before_the_data_is_read(
+    spec: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(spec, tmp_path / "no such folder", tmp_path, capsys)
+    assert error["message"].startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"recipe": "simclr", "model": CNN}, "dataset: simclr needs at least 4 training samples; there are 3."),
+        ({"recipe": "deepcluster", "model": CNN, "params": {"clusters": 3}}, "params.clusters: There are 3 samples"),
+        ({"recipe": "image_classification", "model": CNN}, "dataset: image_classification needs labels"),
+    ],
+)
+def test_what_the_data_cannot_give_is_refused_before_training(
+    spec: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(sets.encoded(sets.digits()["train"][0][number]))
+    assert refused(spec, images, tmp_path, capsys)["message"].startswith(says)
