@@ -5,11 +5,13 @@ ifeq ($(UV),)
 UV := .venv/bootstrap/bin/uv
 endif
 RUN := .venv/bin
-OUT ?= build/bench.json
+OUT ?=
 ONLY ?=
 DATA ?=
 PAIRS ?= 3
 BUDGET ?= 1200
+SECONDS ?= 15
+SEEDS ?= 3
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +45,9 @@ test-long: setup  ## the long tests
 
 bench: setup  ## measure against the other way (ONLY=name,name DATA=folder PAIRS=3 OUT=file; cifar_85 only if asked: ONLY=cifar_85 BUDGET=1200)
 	VIRTUAL_ENV=.venv $(UV) pip install --quiet --require-hashes --no-deps -r tests/benchmarks/requirements.txt
-	$(RUN)/python -m tests.benchmarks --out $(OUT) --pairs $(PAIRS) --budget $(BUDGET) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
+	$(RUN)/python -m tests.benchmarks --out $(or $(OUT),build/bench.json) --pairs $(PAIRS) --budget $(BUDGET) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
 
-.PHONY: help setup demo up check test test-long bench
+methods: setup  ## every unsupervised method after equal seconds of training (SECONDS=15 SEEDS=3 DATA=folder ONLY=name,name OUT=file)
+	$(RUN)/python -m tests.benchmarks.methods --out $(or $(OUT),build/methods.json) --seconds $(SECONDS) --seeds $(SEEDS) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
+
+.PHONY: help setup demo up check test test-long bench methods

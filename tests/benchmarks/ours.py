@@ -1,7 +1,7 @@
 """Our side in a process of its own: what `tuneyard run` does, every line stamped with the time it was said.
 
-`python -m tests.benchmarks.ours '{"spec": …, "folder": …, "out": …, "cache": …}'`. A folder is ingested once and found
-again under the cache's `ingested`; `model` is the folder of an exported model to start from.
+`python -m tests.benchmarks.ours '{"spec": …, "folder": …, "out": …, "cache": …}'`. A folder, or `builtin:NAME`, is
+ingested once and found again under the cache's `ingested`; `model` is the folder of an exported model to start from.
 """
 
 import json
@@ -22,12 +22,16 @@ from worker.trainer.local import local_order
 from worker.trainer.process import carry_out
 
 
-def facts_of(folder: Path, ingested: Path, threads: int) -> DatasetFacts:
-    """Ingest a folder, or find what an earlier run made of it."""
-    known = ingested / folder.name / "facts.json"
+def facts_of(folder: str, ingested: Path, threads: int) -> DatasetFacts:
+    """Ingest a folder or a built-in set, or find what an earlier run made of it."""
+    name, builtin = Path(folder).name.removeprefix("builtin:"), folder.startswith("builtin:")
+    known = ingested / name / "facts.json"
     if not known.exists():
         known.parent.mkdir(parents=True, exist_ok=True)
-        made = ingest.ingest_folder(folder, known.parent, threads=threads)
+        if builtin:
+            made = ingest.ingest_builtin(name, known.parent, ingested, threads=threads)
+        else:
+            made = ingest.ingest_folder(folder, known.parent, threads=threads)
         known.write_text(made.facts.model_dump_json())
     return DatasetFacts.model_validate_json(known.read_text())
 
@@ -40,7 +44,7 @@ def say(message: Message) -> None:
 def order_of(asked: dict[str, Any]) -> Order:
     """Make the order of a run."""
     threads = asked["threads"]
-    facts = facts_of(Path(asked["folder"]), Path(asked["ingested"]), threads)
+    facts = facts_of(asked["folder"], Path(asked["ingested"]), threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out, cache = Path(asked["out"]), Path(asked["cache"])
     order = local_order(asked["spec"], facts, out, cache, threads=threads, device=device)
