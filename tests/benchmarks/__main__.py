@@ -37,15 +37,22 @@ def random_pictures(folder: Path, *, per_class: int = 1000, classes: int = 10, s
 def chosen(only: str | None) -> list[Workload]:
     """Give the workloads of these names, comma separated; by default all but those that must be asked for.
 
+    `outside_steps` stands for every workload whose name begins so.
+
     Raises:
         SystemExit: a name is not known; the message lists those that are.
     """
     if not only:
         return [each for each in WORKLOADS if not each.only_if_asked]
     names, known = only.split(","), {each.name: each for each in WORKLOADS}
-    if unknown := [name for name in names if name not in known]:
+    meant = {name: [known[name]] if name in known else _beginning(name) for name in names}
+    if unknown := [name for name, found in meant.items() if not found]:
         raise SystemExit(f"There is no workload {', '.join(unknown)}; there are: {', '.join(known)}.")
-    return [known[name] for name in names]
+    return list({each.name: each for found in meant.values() for each in found}.values())
+
+
+def _beginning(name: str) -> list[Workload]:
+    return [each for each in WORKLOADS if each.name.startswith(f"{name}_")]
 
 
 def measure(wanted: Sequence[Workload], bench: Bench, out: Path) -> tuple[list[Numbers], list[tuple[str, str]]]:
@@ -83,7 +90,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
-    parser.add_argument("--only", help="names of workloads, comma separated")
+    parser.add_argument("--only", help="names of workloads, or how several begin, comma separated")
     parser.add_argument("--data", type=Path, help="an image folder with train/ and test/")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds for the other side of cifar_85")

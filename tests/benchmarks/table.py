@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks import shares
 from tests.benchmarks.pairs import Numbers, Pair, Workload
 
 
@@ -89,7 +90,8 @@ def table(rows: Sequence[Numbers], failed: Sequence[tuple[str, str]], left_out: 
 def _caption(failed: Sequence[tuple[str, str]], left_out: Sequence[str]) -> str:
     lines = ["rates: ours / other; times (s, ms): other / ours; where the goal says 'at most', smaller is better"]
     lines += [f"[red]{name} failed:[/] {why}" for name, why in failed]
-    lines += [f"{name} runs only when asked for: make bench ONLY={name} DATA=…" for name in left_out]
+    if left_out:
+        lines.append(f"only when asked for, by make bench ONLY=name,name DATA=…: {', '.join(left_out)}")
     return "\n".join(lines)
 
 
@@ -119,3 +121,5 @@ def show(rows: Sequence[Numbers], failed: Sequence[tuple[str, str]], left_out: S
     if not console.is_terminal:
         console = Console(width=160)
     console.print(table(rows, failed, left_out))
+    if (parts := shares.breakdown(rows)) is not None:
+        console.print(parts)

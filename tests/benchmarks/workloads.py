@@ -2,12 +2,21 @@
 
 from pathlib import Path
 
-from tests.benchmarks import ceiling, clusters, pictures, quality, service, to_85
+from tests.benchmarks import ceiling, clusters, pictures, quality, service, shares, to_85
 from tests.benchmarks.pairs import WORKLOADS, Bench, Numbers, Pair, workload
 from tests.benchmarks.sides import MODEL, naive, ours, run
 from tests.benchmarks.specs import NEVER, SGD, fine_tune
 
-__all__ = ["WORKLOADS", "ceiling", "clusters", "pictures", "quality", "service", "to_85"]  # importing them fills it
+__all__ = [
+    "WORKLOADS",
+    "ceiling",
+    "clusters",
+    "pictures",
+    "quality",
+    "service",
+    "shares",
+    "to_85",
+]  # importing them fills it
 
 SECONDS = 15.0  # of training per side, where a rate is compared
 

@@ -1,19 +1,28 @@
 """The bench measures what it says: the same network on both sides, ratios in the direction of their goals."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from tests.benchmarks import __main__ as bench_main
-from tests.benchmarks import table
+from tests.benchmarks import ours, shares, table
 from tests.benchmarks.naive import small_vgg
 from tests.benchmarks.pairs import Bench, Compare, Pair, Workload
+from tests.benchmarks.stopwatch import INSIDE, OUTSIDE, REST, Stopwatch
+from tests.worker import sets
+from worker import catalogue, checkpoint
+from worker.checkpoint import Checkpoints
 from worker.parts.small_networks import small_cnn
+from worker.pretrain.deepcluster import DeepCluster
+from worker.report import Finished, Order
 
 pytestmark = pytest.mark.worker
+BACKWARD = torch.Tensor.backward
 
 
 def one(compare: Compare, goal: float, found: list[Pair]) -> Workload:
@@ -97,3 +106,75 @@ def test_a_part_has_as_many_pictures_of_every_class(tmp_path: Path) -> None:
     }
     assert bench.part(9, 3, evaluated_as="validation") == part
     assert bench.samples() == 30
+
+
+def test_the_beginning_of_names_stands_for_all_of_them() -> None:
+    found = [each.name for each in bench_main.chosen("outside_steps,outside_steps_simclr,vae_mlp_128")]
+    recipes = [each.name for each in catalogue.recipes().values() if each.kind == "pretrain"]
+    assert sorted(found) == sorted(
+        ["vae_mlp_128", *(f"outside_steps_{name}" for name in (*recipes, "semi_supervised"))]
+    )
+    with pytest.raises(SystemExit, match="no workload outsid;"):
+        bench_main.chosen("outsid")
+
+
+def test_a_section_keeps_what_happens_in_it_but_augmentation_in_a_forward_pass() -> None:
+    now = 0.0
+    watch = Stopwatch(lambda: now)
+    with watch.section("health"):
+        now += 1
+        with watch.section("augmentation"), watch.section("forward"):
+            now += 2
+    now += 4
+    with watch.section("forward"):
+        now += 8
+        with watch.section("augmentation"):
+            now += 16
+        with watch.section("reporting"):
+            now += 32
+        now += 64
+    spent = {name: seconds for name, seconds in watch.read().items() if seconds}
+    assert spent == {"health": 3, REST: 4, "forward": 104, "augmentation": 16}
+
+
+def test_a_run_is_watched_and_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sleeps in a clustering and in a checkpoint are found where they are; the weights are those of any run."""
+    monkeypatch.setattr(checkpoint, "KEEP", 9)
+    facts = sets.write_set(tmp_path / "set", sets.digits())
+    before_epoch, save, naps = DeepCluster.before_epoch, Checkpoints.save, {"pseudo-labels": 0, "checkpoints": 0}
+
+    def slow(section: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **given: Any) -> Any:
+            naps[section] += 1
+            time.sleep(0.2)
+            return call(*args, **given)
+
+        return called
+
+    def run_of(name: str) -> Order:
+        body = sets.spec("deepcluster", params={"reassign_every": 1}, training={"epochs": 4, "checkpoint_every": 10})
+        return sets.order(body, facts, tmp_path / name)
+
+    plain = run_of("plain")
+    _, last = sets.carry_out(plain)
+    assert isinstance(last, Finished), last
+    with monkeypatch.context() as patched:
+        patched.setattr(DeepCluster, "before_epoch", slow("pseudo-labels", before_epoch))
+        patched.setattr(Checkpoints, "save", slow("checkpoints", save))
+        watched = run_of("watched")
+        monkeypatch.setattr(ours, "order_of", lambda asked: watched)
+        found = shares.measure({"epochs": 2})
+    counted = found["shares"]
+    assert sum(counted[name] for name in (*INSIDE, *OUTSIDE, REST)) == pytest.approx(1)
+    seconds = {name: share * found["seconds"] for name, share in counted.items()}
+    # Steps 3 to 23 of ten an epoch: two epochs begin, and steps 10 and 20 leave checkpoints.
+    assert 0.4 <= seconds["pseudo-labels"] < 0.4 + found["seconds"] / 2
+    assert 0.4 <= seconds["checkpoints"] < 0.6
+    assert all(counted[name] > 0 for name in (*INSIDE, "reading", "augmentation", "reporting", REST))
+    assert found["outside"] == pytest.approx(sum(seconds[name] for name in (*OUTSIDE, REST)))
+    assert naps == {"pseudo-labels": 3, "checkpoints": 3}, "the last of each comes when nothing is counted any more"
+    assert DeepCluster.before_epoch is before_epoch
+    assert Checkpoints.save is save
+    assert torch.Tensor.backward is BACKWARD
+    kept = [Path(each.scratch) / "checkpoint-000000020.safetensors" for each in (plain, watched)]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
