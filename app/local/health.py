@@ -1,5 +1,6 @@
 """What `tuneyard doctor` looks at: each check gives a finding, with what to do where something is missing."""
 
+import json
 import os
 import shutil
 import socket
@@ -35,7 +36,7 @@ class Finding:
 
 def examine(home: Path) -> list[Finding]:
     """Look at everything, in the order in which things need each other."""
-    findings = [python(), *torch(), threads(), redis_program(), disk(home)]
+    findings = [python(), *torch(), threads(), measured(home), redis_program(), disk(home)]
     try:
         settings = Settings(home=home)  # type: ignore[call-arg]
     except ValidationError as error:
@@ -103,6 +104,23 @@ def threads() -> Finding:
             "Unset OMP_NUM_THREADS; use TUNEYARD_THREADS and TUNEYARD_SLOTS instead.",
         )  # fmt: skip
     return Finding("threads", "ok", f"{cores:g} cores")
+
+
+def measured(home: Path) -> Finding:
+    """Say what `auto` goes by: the table, or what `--measure` found here under this torch."""
+    try:
+        found = json.loads((home / "cache" / "tuning.json").read_bytes())
+        told = {
+            device: (each["date"], each["fingerprint"]["torch"].partition("+")[0]) for device, each in found.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = {}
+    now = (compute.installed("torch") or "").partition("+")[0]
+    current = [f"{device} on {date}" for device, (date, of) in told.items() if of == now]
+    if current:
+        return Finding("auto", "ok", f"follows what was measured here: {', '.join(current)}")
+    old = f"; what was measured with torch {next(iter(told.values()))[1]} no longer counts" if told else ""
+    return Finding("auto", "ok", f"follows the table{old}; `tuneyard doctor --measure` times this machine in 20 s")
 
 
 def redis_program() -> Finding:

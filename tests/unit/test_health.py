@@ -1,0 +1,31 @@
+"""What the doctor says of `auto`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.local import compute, health
+
+pytestmark = pytest.mark.unit
+
+
+def write(home: Path, content: str) -> None:
+    (home / "cache").mkdir(exist_ok=True)
+    (home / "cache" / "tuning.json").write_text(content)
+
+
+def test_the_doctor_says_whether_auto_was_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "installed", lambda _: "2.15.0")
+    assert "follows the table; `tuneyard doctor --measure`" in health.measured(tmp_path).message
+    write(tmp_path, json.dumps({"cpu": {"date": "2026-01-02", "fingerprint": {"torch": "2.15.0+cpu"}, "rows": []}}))
+    assert health.measured(tmp_path).message == "follows what was measured here: cpu on 2026-01-02"
+    monkeypatch.setattr(compute, "installed", lambda _: "2.16.0")
+    assert "what was measured with torch 2.15.0 no longer counts" in health.measured(tmp_path).message
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"cpu": {}}', '{"cpu": []}', '{"cpu": null}'])
+def test_a_memo_that_cannot_be_read_counts_as_none(content: str, tmp_path: Path) -> None:
+    write(tmp_path, content)
+    found = health.measured(tmp_path)
+    assert (found.state, found.message.split(";")[0]) == ("ok", "follows the table")
