@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import nn
 
 from app.domain.datasets import DatasetFacts
 from app.domain.spec import Data
+from tests.benchmarks import __main__ as bench_main
 from tests.benchmarks.methods import __main__ as command
 from tests.benchmarks.methods import budget, probes, table
-from tests.benchmarks.methods.cells import REFERENCES, Cell, Results, Set, network_of
+from tests.benchmarks.methods.cells import REFERENCES, Cell, Results, Set, alone, network_of
 from tests.benchmarks.pairs import Numbers
 from tests.worker import sets
 from worker.data.split import split_labels
@@ -123,6 +125,21 @@ def test_cells_that_are_done_are_not_run_again_and_a_failure_stops_nobody(tmp_pa
     assert [row["method"] for row in results.read()["cells"]] == ["simclr", "gan", "vae"]
     command.fill([Cell("digits", "vae", 0, 6.0)], DIGITS, tmp_path, results, measure)
     assert ran[4:] == ["vae"], "another budget is another cell"
+
+
+def test_two_that_start_together_make_the_part_of_the_folder_once(tmp_path: Path) -> None:
+    bench_main.random_pictures(tmp_path / "all", per_class=5, classes=2, size=8)
+    (tmp_path / "work").mkdir()
+
+    def start(_: int) -> Set:
+        with alone(tmp_path / "work" / "images.lock"):
+            return command.images_of(tmp_path / "all", tmp_path / "work")
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(start, range(2))
+    assert first == second
+    assert len(list(Path(first.folder).glob("train/*/*"))) == 10
+    assert (tmp_path / "work" / "ingested" / Path(first.folder).name / "facts.json").exists()
 
 
 def test_every_pretraining_recipe_takes_part_with_a_network_that_it_takes() -> None:

@@ -24,9 +24,9 @@ from torch import nn
 
 from tests.benchmarks.methods import table
 from tests.benchmarks.methods.budget import within_budget
-from tests.benchmarks.methods.cells import PIXELS, REFERENCES, SETTLED, Cell, Results, Set, network_of
+from tests.benchmarks.methods.cells import PIXELS, REFERENCES, SETTLED, Cell, Results, Set, alone, network_of
 from tests.benchmarks.methods.probes import read_off, settle_norms
-from tests.benchmarks.ours import assembled
+from tests.benchmarks.ours import assembled, facts_of
 from tests.benchmarks.pairs import Bench, Numbers
 from tests.benchmarks.sides import MODEL, THREADS
 from worker import catalogue
@@ -106,6 +106,18 @@ def fill(
     return failed
 
 
+def images_of(data: Path | None, work: Path) -> Set:
+    """Give the digits, or a part of a folder, ingested."""
+    if data is None:
+        images = Set("digits", "builtin:digits", patch=2, labels_per_class=LABELS_OF_DIGITS)
+    else:
+        folder = data.resolve()
+        part = Bench(folder, work / folder.name).part(TRAIN, TEST)
+        images = Set(folder.name, str(part), patch=4, labels_per_class=None)
+    facts_of(images.folder, work / "ingested", THREADS)
+    return images
+
+
 def main() -> int:
     """Fill what is missing and print the table; 1 when something failed."""
     parser = argparse.ArgumentParser(
@@ -120,12 +132,8 @@ def main() -> int:
     given = parser.parse_args()
     results, work, wanted = Results(given.out), given.out.with_suffix(""), chosen(given.only)
     work.mkdir(parents=True, exist_ok=True)
-    if given.data is None:
-        images = Set("digits", "builtin:digits", patch=2, labels_per_class=LABELS_OF_DIGITS)
-    else:
-        folder = given.data.resolve()
-        part = Bench(folder, work / folder.name).part(TRAIN, TEST)
-        images = Set(folder.name, str(part), patch=4, labels_per_class=None)
+    with alone(work / "images.lock"):
+        images = images_of(given.data, work)
     cells = [
         Cell(images.name, method, seed, given.seconds) for seed in range(given.seeds) for method in wanted
         if seed == 0 or method != PIXELS or images.labels_per_class  # no seed changes pixels with all their labels

@@ -50,6 +50,14 @@ class Cell:
         return all(row[name] == value for name, value in vars(self).items())
 
 
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in here."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Results:
     """The JSON file: {"machine", "rates": steps per second, "cells"}. Several processes may fill it together."""
 
@@ -68,8 +76,7 @@ class Results:
     @contextmanager
     def changed(self) -> Iterator[Numbers]:
         """Hand out the newest content to change, and write it back at once."""
-        with self.path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(self.path.with_suffix(".lock")):
             content = self.read()
             yield content
             half = self.path.with_suffix(".half")
