@@ -126,7 +126,8 @@ def test_it_overfits_two_batches(recipe: Recipe, digits: DatasetFacts, tmp_path:
             found["loss"].backward()
             optimizer.step()
             objective.zero_grad()
-            losses.append(found[wanted].item())
+            # A cross entropy of soft targets falls to their entropy, no further.
+            losses.append(found[wanted].item() - float(found.get("target_entropy", 0.0)))
         assert sum(losses[-4:]) < 0.7 * sum(losses[:4]), (wanted, losses)
 
 
