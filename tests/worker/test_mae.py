@@ -99,7 +99,7 @@ def test_positions_start_as_sines_unless_there_are_weights_to_keep() -> None:
     info = Info("unlabelled_images", (), 8, 3, 8, 32, {"family": "vit"}, pretrained=True)
     mae.Mae(mae.MaeParams(), backbone, info)
     assert torch.equal(positions, before)
-    assert torch.equal(cast(Any, made().backbone).encoder.pos_embedding[0, 1:], masked_vit.sine_cosine(4, 32))
+    assert torch.equal(cast(Any, made().backbone).encoder.pos_embedding[0, 1:], masked_vit.places(4, 32))
 
 
 def test_patches_and_back() -> None:
@@ -117,7 +117,10 @@ def test_positions_are_fixed_sines_that_tell_every_patch_apart() -> None:
     assert positions[11, [1, 9, 17, 25]].tolist() == pytest.approx(
         [math.sin(2 * rate), math.cos(2 * rate), math.sin(3 * rate), math.cos(3 * rate)], abs=1e-6
     )
-    assert len({tuple(row) for row in positions.round(decimals=4).tolist()}) == 16
+    places = masked_vit.places(4, 32)
+    assert torch.allclose(places.mean(0), torch.zeros(32), atol=1e-6)
+    assert torch.allclose(places[11] - places[3], positions[11] - positions[3], atol=1e-6)
+    assert len({tuple(row) for row in places.round(decimals=4).tolist()}) == 16
     assert "decoder.positions" not in made().state_dict()
 
 
@@ -183,7 +186,7 @@ def test_pretraining_learns_digits_without_labels(tmp_path: Path) -> None:
     four patches of 2 x 2 pixels are left to see.
     """
     facts = sets.write_set(tmp_path / "set", sets.digits(600, 60))
-    training = {"batch_size": 50, "epochs": 60, "learning_rate": 3e-3}
+    training = {"batch_size": 32, "epochs": 28, "learning_rate": 1e-3}
     network = {"architecture": "small_vit", "patch": 2, "width": 64, "depth": 3, "heads": 4}
     spec = sets.spec("mae", model=network, training=training)
     untrained = sets.untrained(spec, facts, tmp_path / "untrained")

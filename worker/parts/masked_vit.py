@@ -30,6 +30,16 @@ def sine_cosine(side: int, width: int) -> Tensor:
     return torch.cat([row, column], 2).flatten(0, 1).float()
 
 
+def places(side: int, width: int) -> Tensor:
+    """Give `sine_cosine` less its mean over the patches, which tells no place.
+
+    Of a few patches a side most waves hardly change, so nearly all of their length is that mean: beside it the first
+    layers see little of what the patches hold.
+    """
+    found = sine_cosine(side, width)
+    return found - found.mean(0)
+
+
 def encode_visible(backbone: nn.Module, images: Tensor, visible: Tensor) -> Tensor:
     """Run torchvision's ViT on the class token and the patches numbered in `visible` [batch, kept] alone.
 
@@ -53,7 +63,7 @@ class PatchDecoder(nn.Module):
         self.blocks = nn.Sequential(*(EncoderBlock(heads, width, 4 * width, 0.0, 0.0) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.paint = nn.Linear(width, pixels)
-        positions = torch.cat([torch.zeros(1, width), sine_cosine(side, width)])  # the class token has none
+        positions = torch.cat([torch.zeros(1, width), places(side, width)])  # the class token has none
         self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, encoded: Tensor, restore: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from app.domain.errors import UserFault
 from worker.data.policy import View
 from worker.parts import seed
-from worker.parts.masked_vit import PatchDecoder, encode_visible, images_of, least_visible, patches_of, sine_cosine
+from worker.parts.masked_vit import PatchDecoder, encode_visible, images_of, least_visible, patches_of, places
 from worker.recipe import Batch, Info, PretrainParams, Progress, Recipe, Requires
 
 PICTURES = 8
@@ -65,7 +65,7 @@ class Mae(nn.Module):
             # The paper's positions are sines and fixed; torchvision's may train on, but start as those.
             with torch.no_grad():
                 vit.encoder.pos_embedding[0, 0] = 0
-                vit.encoder.pos_embedding[0, 1:] = sine_cosine(side, encoder)
+                vit.encoder.pos_embedding[0, 1:] = places(side, encoder)
         width = params.decoder_width or max(32, encoder // 2 // 32 * 32)  # 512 of 1024
         self.decoder = PatchDecoder(
             encoder, width=width, depth=params.decoder_depth or max(1, len(vit.encoder.layers) // 3), heads=width // 32,
