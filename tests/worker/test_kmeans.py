@@ -102,6 +102,37 @@ def test_centroids_are_the_means_of_their_points() -> None:
         torch.testing.assert_close(found.centroids[number], points[found.assignment == number].mean(0))
 
 
+def test_each_iteration_is_lloyds(form: str) -> None:
+    """After any number of them the centroids are those of plain loops, whether all points moved or only a few."""
+    points = blobs(900, apart=0.5)
+    start = points[:8].clone()
+    expected = start.double()
+    for iterations in range(1, 25):
+        nearest = squared_distances(points, expected).argmin(1)
+        expected = torch.stack([points[nearest == number].double().mean(0) for number in range(8)])
+        found = kmeans.kmeans(points, 8, generator=draws(), start=start, iterations=iterations, tolerance=0.0)
+        if form != "bfloat16":  # which may give a point on a border to either side
+            torch.testing.assert_close(found.centroids.double(), expected, atol=1e-5, rtol=1e-5)
+    assert found.inertia == pytest.approx(float(squared_distances(points, expected).amin(1).sum()), rel=0.01)
+
+
+def test_a_shared_blob_settles_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two centroids within one blob, far from zero: there bfloat16 rounds away what tells them apart."""
+    points = blobs(4000, 64, 6, apart=8)
+
+    def found(start: Tensor, fast_from: int) -> KMeans:
+        monkeypatch.setattr(kmeans, "FAST_FROM", fast_from)
+        monkeypatch.setattr(kmeans, "_multiplies_bfloat16", lambda _: True)
+        return kmeans.kmeans(points, 12, generator=draws(), start=start, iterations=200, tolerance=0.0)
+
+    fast = found(points[:12].clone(), 0)
+    assert 1 < fast.iterations < 200
+    again = found(fast.centroids, 2**60)
+    assert again.iterations == 1, "no point moves any more"
+    assert torch.equal(again.assignment, fast.assignment)
+    assert fast.inertia == pytest.approx(found(points[:12].clone(), 2**60).inertia, rel=0.01)
+
+
 def test_the_same_draws_give_the_same_clusters(form: str) -> None:
     points = blobs()
     first, second, other = (kmeans.kmeans(points, 9, generator=draws(seed)) for seed in (4, 4, 5))

@@ -1,10 +1,11 @@
 """k-means where the points are, on a CPU or a GPU: greedy k-means++, then Lloyd's iterations.
 
 Arthur, Vassilvitskii: k-means++, 2007; greedy, with the 2 + log k trials per centroid that scikit-learn has. The
-distances of one chunk of points to all centroids are one matrix product, in bfloat16 where the hardware multiplies it:
-points are brought near zero first, and the last assignment and the inertia are float32 whatever came before. Nothing is
-read back within an iteration on a GPU, so a cluster that lost its points is refilled without asking whether there is
-one: from the points that are farthest from their centroids.
+distances of one chunk of points to all centroids are one matrix product, in bfloat16 where the hardware multiplies it,
+around zero. Rounded so, points between two centroids of one blob fall to either side and go on doing so: on a CPU the
+product is float32 from when few points move, and the last assignment and the inertia are so everywhere. Nothing is read
+back within an iteration on a GPU, so a cluster that lost its points is refilled without asking whether there is one:
+from the points that are farthest from their centroids.
 """
 
 import math
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from app.domain.errors import UserFault
-from worker.parts.machine import has_bfloat16
+from worker.parts.machine import has_bfloat16, onednn_is_exact
 
 CHUNK = {"cpu": 2**19, "cuda": 2**26}  # numbers that are worked on at once: what a core's cache holds; 256 MiB
 FAST_FROM = 2**26  # products of one iteration; below, another copy of the points is not worth making
+EXACT_FROM = 20  # on a CPU float32 is used when less than one point in so many moves
 LOOK_EVERY = 8  # iterations between two looks at a GPU's result, each of which waits for it
-SEED_ROWS_PER_CLUSTER, SEED_ROWS = 64, 2**16  # points that k-means++ looks at
+SEED_ROWS_PER_CLUSTER, SEED_ROWS = 64, 2**14  # points that k-means++ looks at
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def kmeans(
     _refuse(k, count)
     if start is not None and start.shape != (k, width):
         raise ValueError(f"start is {tuple(start.shape)} and should be {(k, width)}")
-    with torch.autocast(points.device.type, enabled=False):
+    with torch.autocast(points.device.type, enabled=False), _products(points.device):
         mean = points.mean(0)
         spread = _lengths(points, mean)
         variance = spread.mean() / width
@@ -67,15 +69,24 @@ def kmeans(
         exact = _Table(points, mean, mean, spread)
         table = _fast(exact) if count * width * k >= FAST_FROM and _multiplies_bfloat16(points.device) else exact
         centroids = seeds(points, k, generator=generator) if start is None else start.to(points)
-        limit, done = tolerance * variance, 0
+        limit, done, settled = tolerance * variance, 0, False
+        assignment = torch.full((count,), -1, device=points.device)
         while done < iterations:
-            assignment, distances = _nearest(table, centroids)
-            moved, _ = _means(points, assignment, distances, k)
+            before, (assignment, distances) = assignment, _nearest(table, centroids)
+            moved, empty = _means(points, assignment, distances, k)
             shift, centroids = (moved - centroids).square().sum(), moved
             done += 1
-            if (points.device.type == "cpu" or done % LOOK_EVERY == 0) and bool(shift <= limit):
-                break
-        centroids, assignment = _settled(exact, centroids)
+            if points.device.type != "cpu":
+                if done % LOOK_EVERY == 0 and bool(shift <= limit):
+                    break
+            elif table is exact:
+                if bool(shift <= limit):
+                    settled = not bool(shift) and not bool(empty.any())
+                    break
+            elif bool(shift <= limit) or EXACT_FROM * int((assignment != before).sum()) < count:
+                table = exact
+        if not settled:
+            centroids, assignment = _settled(exact, centroids)
         inertia = torch.zeros((), dtype=torch.float64, device=points.device)
         for part, where in zip(_chunks(points, width), _chunks(assignment, width), strict=True):
             inertia += (part - centroids[where]).square_().sum()
@@ -86,7 +97,7 @@ def kmeans(
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Give the nearest of `centroids` [k, d] for each of `points` [n, d]: int64 [n], and the squared distances [n]."""
     points, centroids = points.detach().float().contiguous(), centroids.float()
-    with torch.autocast(points.device.type, enabled=False), _true_float32(points.device):
+    with torch.autocast(points.device.type, enabled=False), _products(points.device, exact=True):
         mean = centroids.mean(0)
         assignment, distances = _nearest(_Table(points, mean, mean, _lengths(points, mean)), centroids)
     return assignment, distances.clamp(min=0)
@@ -96,7 +107,7 @@ def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def seeds(points: Tensor, k: int, *, generator: Generator) -> Tensor:
     """Choose `k` of `points` [n, d] by greedy k-means++ to begin with: [k, d].
 
-    Of many points a random part is looked at, enough for 64 per cluster as long as that is no more than 65,536.
+    Of many points a random part is looked at, 64 per cluster as long as that is no more than 16,384, but 4 at least.
     """
     device = points.device
     rows = min(len(points), max(4 * k, min(SEED_ROWS_PER_CLUSTER * k, SEED_ROWS)))
@@ -173,7 +184,7 @@ def _means(points: Tensor, assignment: Tensor, distances: Tensor, k: int) -> tup
 def _settled(exact: _Table, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Assign every point in float32; refill what is empty then, as long as that leaves fewer clusters empty."""
     k, before = len(centroids), len(centroids) + 1
-    with _true_float32(centroids.device):
+    with _products(centroids.device, exact=True):
         while True:
             assignment, distances = _nearest(exact, centroids)
             moved, empty = _means(exact.values, assignment, distances, k)
@@ -214,10 +225,12 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 @contextmanager
-def _true_float32(device: torch.device) -> Iterator[None]:
-    """Keep a GPU's products from being rounded to TF32."""
+def _products(device: torch.device, *, exact: bool = False) -> Iterator[None]:
+    """Have float32 products from oneDNN on a CPU where it does not round them; keep a GPU's from TF32 where `exact`."""
     before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
+    if device.type == "cpu" and onednn_is_exact():
+        torch.set_float32_matmul_precision("medium")
+    elif device.type == "cuda" and exact:
         torch.set_float32_matmul_precision("highest")
     try:
         yield

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ def look(device: str, threads: int) -> Hardware:
             memory_bytes=torch.cuda.get_device_properties(device).total_memory,
         )  # fmt: skip
     return Hardware(
-        "cpu", threads, bfloat16=has_bfloat16(), compiler=compiler, onednn_is_exact=_onednn_is_exact(),
+        "cpu", threads, bfloat16=has_bfloat16(), compiler=compiler, onednn_is_exact=onednn_is_exact(),
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     )  # fmt: skip
 
@@ -42,7 +43,8 @@ def has_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_cpuinfo("flags", "Features").split()))
 
 
-def _onednn_is_exact() -> bool:
+@cache
+def onednn_is_exact() -> bool:
     """Compare one product under `medium` with float64: a machine with AMX may really round to bfloat16 (2.9e-3)."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.rand(2, 96, 96, generator=generator).unbind(0)
