@@ -174,6 +174,8 @@ class Objective(Protocol):
     compiled_parts                   modules to compile where the plan says so; without it the backbone alone
     epoch_steps                      int: where the batch size is left open, an epoch of few samples gets at least so
                                      many steps; 8 without it. For what learns by the step rather than by the sample
+    step_passes                      float: what a step costs, in forward passes of the backbone over its samples; 3
+                                     without it. Probes come as seldom as keeps them under 3 % of that
     idle_parameters                  whether some trainable parameters get no gradient in some steps, which several
                                      processes have to know
     pictures(batch)                  -> {"name": [n, channels, height, width], normalised}: saved as name.png at the end

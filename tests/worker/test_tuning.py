@@ -106,6 +106,13 @@ def test_probes_cost_under_three_percent(samples: int, every: int) -> None:
     assert probed / (3 * samples * every) <= 0.03
 
 
+def test_probes_are_rarer_where_a_step_is_cheap() -> None:
+    assert [tuning.probe_every(10_000, passes) for passes in (3.0, 2.0, 1.0)] == [3, 5, 9]
+    pretraining = replace(CIFAR, kind="pretrain", samples=10_000)
+    assert resolve(pretraining).probe_every == 3
+    assert resolve(replace(pretraining, step_passes=2.0)).probe_every == 5
+
+
 def test_rates_follow_the_batch() -> None:
     def rate(batch: int, name: Any) -> float:
         return resolve(batch_size=batch, optimizer=Optimizer(name=name)).learning_rate

@@ -55,6 +55,7 @@ class Plan(BaseModel):
 
 
 EPOCH_STEPS = 8  # of an epoch at least, where the batch size is ours to choose
+STEP_PASSES = 3.0  # forward passes that a step takes: one, and twice that backward
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Workload:
     couples_batch: bool = False
     min_batch: int = 1
     epoch_steps: int = EPOCH_STEPS  # see Objective
+    step_passes: float = STEP_PASSES  # see Objective
     pretrained: bool = False  # starts from weights that are worth keeping
 
 
@@ -210,7 +212,7 @@ def resolve(
         std=std,
         cache=cache,
         log_every=max(1, min(50, steps // 200)),
-        probe_every=probe_every(work.samples) if work.kind == "pretrain" else 0,
+        probe_every=probe_every(work.samples, work.step_passes) if work.kind == "pretrain" else 0,
         reasons=reasons,
     )  # fmt: skip
 
@@ -251,15 +253,15 @@ VIEW_ROWS = 250  # of which two views are compared as well: an eighth of them
 SMALL_SIDE = 64  # pixels; the memo's threads were measured at 32, and larger images give each of them more to do
 
 
-def probe_every(samples: int) -> int:
+def probe_every(samples: int, step_passes: float = STEP_PASSES) -> int:
     """Choose how many epochs lie between two probes, so that probing costs under 3 % of training.
 
     A probe is one forward pass over at most PROBE_ROWS samples and over two views of an eighth; an epoch of training is
-    three such passes (forward and twice that backward) over all of them.
+    `step_passes` such passes over all of them.
     """
     rows = min(samples, PROBE_ROWS)
     rows += 2 * view_rows(rows)
-    return max(1, math.ceil(rows / (0.03 * 3 * samples)))
+    return max(1, math.ceil(rows / (0.03 * step_passes * samples)))
 
 
 def view_rows(probed: int) -> int:
