@@ -35,6 +35,7 @@ from worker.report import (
 from worker.trainer import zygote
 
 COMMAND = (sys.executable, "-m", "tests.fakes")
+HOLD_SECONDS = 120.0  # longer than any test waits for one thing, so that a hold does not end before the test asks
 
 
 class Fake(BaseModel):
@@ -51,6 +52,7 @@ class Fake(BaseModel):
     exit_at: int | None = None
     exit_code: int = 3
     hang_at: int | None = None
+    hold_at: int | None = None  # after so many steps it waits until something else than to run is wanted
     garbage_at: int | None = None
     fail_at: int | None = None
     failure: dict[str, Any] | None = None
@@ -127,6 +129,8 @@ def main(order_path: str, connection: socket.socket) -> int:
         )
         reporter.send(Metrics(rows=rows))
         reporter.send(Progress(phase="train", fraction=step / fake.steps, step=step, steps=fake.steps))
+        if faulty and step == fake.hold_at:
+            _hold(fake, reporter)
         wanted = "run" if fake.deaf else reporter.wanted
         if wanted == "cancel":
             reporter.send(Finished(outcome="cancelled"))
@@ -186,6 +190,13 @@ def _go_wrong(fake: Fake, step: int, reporter: Reporter, connection: socket.sock
     if step == fake.fail_at:
         reporter.send(Failed(error=Failure.model_validate(fake.failure)))
         os._exit(0)
+
+
+def _hold(fake: Fake, reporter: Reporter) -> None:
+    """Be alive for as long as a test needs, however slow the machine is."""
+    deadline = time.monotonic() + HOLD_SECONDS
+    while (fake.deaf or reporter.wanted == "run") and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _save(order: Order, reporter: Reporter, step: int, state: str, padding: int) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import psutil
 
 
-def until(condition: Callable[[], Any], seconds: float = 30.0, what: str = "it never came") -> Any:
-    """Wait for something to be true, and give it."""
+def until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "it never came") -> Any:
+    """Wait for something to be true, and give it; the patience is that of a machine which stalls now and then."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, what
@@ -22,3 +22,15 @@ def dead(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+class Clock:
+    """Stands in for the module `time` where a test says itself how late it is."""
+
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now

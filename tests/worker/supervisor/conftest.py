@@ -20,7 +20,7 @@ from worker.supervisor.warm import Warm
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     warm = Warm(cache=tmp_path_factory.mktemp("cache"), command=COMMAND)
     warm.refresh()
-    assert warm.ready.wait(30)
+    assert warm.ready.wait(60)
     yield warm
     warm.close()
 
@@ -41,8 +41,10 @@ def engine(copy: Copy) -> Iterator[Engine]:
 
 @pytest.fixture
 def host(engine: Engine, tmp_path: Path, warm: Warm) -> Iterator[Host]:
+    # Only the heartbeat is short: a machine that stalls for some seconds must not lose a lease.
     settings = Settings(
-        home=tmp_path, heartbeat_seconds=0.3, fence_seconds=4, lease_seconds=6, progress_seconds=30, drain_seconds=5,
+        home=tmp_path, heartbeat_seconds=0.3, fence_seconds=30, lease_seconds=40, progress_seconds=300,
+        drain_seconds=100,
     )  # fmt: skip  # pyright: ignore[reportCallIssue]
     host = Host(
         settings=settings, engine=engine, blobs=open_blobs(settings), slots=Slots(1), warm=warm, worker="wrk_test",

@@ -76,7 +76,7 @@ def running(host: Host, job_id: str, step: int = 2) -> Iterator["Future[int]"]:
             for event in events_of(host.engine, job_id)
         ))  # fmt: skip
         yield future
-        future.result(30)
+        future.result(120)
 
 
 def run_of(host: Host, job_id: str) -> Run:

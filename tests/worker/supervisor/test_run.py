@@ -96,7 +96,9 @@ def test_a_killed_trainer_is_a_system_failure_and_the_next_attempt_goes_on(host:
     ],
 )
 def test_whatever_a_trainer_does_it_is_classed_and_tried_again(host: Host, fake: dict[str, Any], code: str) -> None:
-    host.settings = host.settings.model_copy(update={"progress_seconds": 1.5})
+    usual = host.settings
+    if "hang_at" in fake:
+        host.settings = usual.model_copy(update={"progress_seconds": 1.5})
     job_id = submit(host.engine, steps=6, **fake)
     assert work(host, "poll", internal=False) == 1
     job = job_of(host.engine, job_id)
@@ -104,6 +106,7 @@ def test_whatever_a_trainer_does_it_is_classed_and_tried_again(host: Host, fake:
     assert job.status == Status.QUEUED
     assert attempt.error is not None
     assert attempt.error["code"] == code
+    host.settings = usual
     again(host, job_id)
     if "escape" not in fake:
         assert job_of(host.engine, job_id).status == Status.SUCCEEDED
@@ -141,7 +144,7 @@ def test_three_losses_without_a_newer_checkpoint_end_the_job(host: Host) -> None
 
 def test_endless_output_is_cut(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker.supervisor.wire, "LOG_BYTES", 1000)
-    job_id = submit(host.engine, steps=10_000, step_seconds=0.01, output_bytes=100_000)
+    job_id = submit(host.engine, hold_at=2, output_bytes=100_000)
     with running(host, job_id):
         log = run_of(host, job_id)._scratch.log
         until(lambda: log.stat().st_size < 1000)
@@ -170,7 +173,7 @@ def test_without_a_free_slot_nothing_is_claimed(host: Host) -> None:
 
 
 def test_an_internal_job_does_not_wait_behind_training(host: Host) -> None:
-    training = submit(host.engine, steps=10_000, step_seconds=0.01)
+    training = submit(host.engine, hold_at=2)
     with running(host, training):
         internal = submit(host.engine, steps=1, columns={"recipe": "measure", "kind": "internal", "internal": True})
         assert work(host, "poll", internal=False) == 0  # the training slot is taken
@@ -180,8 +183,17 @@ def test_an_internal_job_does_not_wait_behind_training(host: Host) -> None:
 
 
 def test_heartbeats_keep_the_lease_of_a_silent_but_living_run(host: Host) -> None:
-    host.settings = host.settings.model_copy(update={"fence_seconds": 1.0, "lease_seconds": 1.5})
-    job_id = submit(host.engine, steps=3, step_seconds=1.2)
-    assert work(host, "poll", internal=False) == 1
+    job_id = submit(host.engine, hold_at=2)
+    with running(host, job_id):
+        lease = run_of(host, job_id)._lease
+        ends, confirmed = set[float | None](), set[float]()
+
+        def extended() -> bool:
+            ends.add(job_of(host.engine, job_id).lease_expires_at)
+            confirmed.add(lease.confirmed)
+            return min(len(ends), len(confirmed)) > 5  # its last words were written with the first of them
+
+        until(extended)
+        set_job(host.engine, job_id, wanted="stop")
     job = job_of(host.engine, job_id)
-    assert (job.status, job.attempt) == (Status.SUCCEEDED, 1)
+    assert (job.status, job.attempt) == (Status.STOPPED, 1)

@@ -4,7 +4,7 @@ import json
 import os
 import queue
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import worker.supervisor.warm
 from app.domain.errors import SystemFault
 from tests.fakes import COMMAND
-from tests.waiting import dead, until
+from tests.waiting import Clock, dead, until
 from worker.report import Go, Limits, Order
 from worker.supervisor.environment import clean_environment
 from worker.supervisor.server import KILLED, Trainer
@@ -32,7 +32,7 @@ def catalogues() -> "queue.Queue[Any]":
 def warm(tmp_path: Path, catalogues: "queue.Queue[Any]") -> Iterator[Warm]:
     warm = Warm(cache=tmp_path / "cache", command=COMMAND, on_ready=catalogues.put)
     warm.refresh()
-    assert warm.ready.wait(30)
+    assert warm.ready.wait(60)
     yield warm
     warm.close()
 
@@ -54,9 +54,9 @@ def start(warm: Warm, folder: Path, *, gpus: tuple[str, ...] = (), **fake: Any) 
 def test_the_catalogue_arrives_and_trainers_start_and_end(
     warm: Warm, catalogues: "queue.Queue[Any]", tmp_path: Path
 ) -> None:
-    assert {recipe["name"] for recipe in catalogues.get(timeout=5)["recipes"]} >= {"image_classification"}
+    assert {recipe["name"] for recipe in catalogues.get(timeout=60)["recipes"]} >= {"image_classification"}
     first, second = start(warm, tmp_path / "1", steps=2), start(warm, tmp_path / "2", exit_at=0, exit_code=9)
-    assert (first.wait(10), second.wait(10)) == (0, 9)
+    assert (first.wait(60), second.wait(60)) == (0, 9)
     for trainer in (first, second):
         trainer.kill()  # harmless by now
         trainer.connection.close()
@@ -65,18 +65,18 @@ def test_the_catalogue_arrives_and_trainers_start_and_end(
 def test_a_dead_zygote_ends_its_trainers_and_is_replaced(
     warm: Warm, catalogues: "queue.Queue[Any]", tmp_path: Path
 ) -> None:
-    catalogues.get(timeout=5)
+    catalogues.get(timeout=60)
     trainer = start(warm, tmp_path / "1", hang_at=0)
     with open(f"/proc/{trainer.pid}/stat", encoding="ascii") as file:
         zygote = int(file.read().rpartition(")")[2].split()[1])
     os.kill(zygote, signal.SIGKILL)
-    assert trainer.wait(5) == KILLED
+    assert trainer.wait(60) == KILLED
     assert dead(trainer.pid)
     trainer.connection.close()
-    assert catalogues.get(timeout=20)
-    assert warm.ready.wait(20)
+    assert catalogues.get(timeout=60)
+    assert warm.ready.wait(60)
     again = start(warm, tmp_path / "2", steps=1)
-    assert again.wait(10) == 0
+    assert again.wait(60) == 0
     again.connection.close()
 
 
@@ -90,36 +90,39 @@ def test_without_a_zygote_a_start_is_a_system_fault(warm: Warm, tmp_path: Path) 
 def test_changed_code_brings_a_new_zygote_and_spares_who_is_running(
     warm: Warm, catalogues: "queue.Queue[Any]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    catalogues.get(timeout=5)
-    old = start(warm, tmp_path / "1", steps=10_000, step_seconds=0.01)
+    catalogues.get(timeout=60)
+    old = start(warm, tmp_path / "1", hold_at=1)
     warm.refresh()
     assert catalogues.empty()  # nothing changed
     monkeypatch.setattr(worker.supervisor.warm, "code_signature", lambda: "edited")
     warm.refresh()
-    assert catalogues.get(timeout=20)
+    assert catalogues.get(timeout=60)
     new = start(warm, tmp_path / "2", steps=1)
-    assert new.wait(10) == 0
+    assert new.wait(60) == 0
     assert old.code is None  # it runs on under the code that it began with
     retired = warm._zygote
     old.kill()
-    assert old.wait(10) == KILLED
+    assert old.wait(60) == KILLED
     assert retired is not None
     assert not retired.dead.is_set()
     for trainer in (old, new):
         trainer.connection.close()
 
 
-def test_a_zygote_that_cannot_start_is_tried_again_with_pauses(tmp_path: Path) -> None:
+def test_a_zygote_that_cannot_start_is_tried_again_with_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(worker.supervisor.warm, "time", clock)
     warm = Warm(cache=tmp_path, command=("/bin/sh", "-c", "exit 3"))
-    began = time.monotonic()
-    tries = 0
-    while time.monotonic() < began + 1.5:
-        before = warm._coming
+    for pause in (2.0, 4.0, 8.0):
         warm.refresh()
-        tries += warm._coming is not before and warm._coming is not None
-        time.sleep(0.05)
+        assert warm._coming is not None
+        reader = f"server-{warm._coming.process.pid}"
+        until(lambda: reader not in {thread.name for thread in threading.enumerate()})  # noqa: B023
+        clock.now += pause - 0.01
+        warm.refresh()
+        assert warm._coming is None  # the next one is not due yet
+        clock.now += 0.02
     assert not warm.ready.is_set()
-    assert tries == 1  # the next one is due two seconds after the first failed
     warm.close()
 
 
@@ -143,7 +146,7 @@ def test_one_gpu_is_served_by_a_spare_that_is_replaced_and_two_by_a_fork(
     one = start(warm, tmp_path / "1", gpus=("1",), exit_at=1, exit_code=5)
     assert one.pid == spare.process.pid
     assert visible(one) == "1"
-    assert one.wait(10) == 5
+    assert one.wait(60) == 5
     assert warm._spares["1"] is not spare
     both = start(warm, tmp_path / "2", gpus=("0", "1"), hang_at=1)
     assert both.pid not in (warm._spares["0"].process.pid, warm._spares["1"].process.pid)
@@ -152,9 +155,9 @@ def test_one_gpu_is_served_by_a_spare_that_is_replaced_and_two_by_a_fork(
     assert visible(none) == ""
     killed = start(warm, tmp_path / "4", gpus=("0",), hang_at=1)
     killed.kill()
-    assert killed.wait(5) == KILLED
+    assert killed.wait(60) == KILLED
     warm.close()
-    assert both.wait(5) == KILLED
+    assert both.wait(60) == KILLED
     for trainer in (one, both, none, killed):
         trainer.connection.close()
 

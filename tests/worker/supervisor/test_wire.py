@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import worker.supervisor.wire
-from tests.waiting import until
+from tests.waiting import Clock, until
 from worker.report import Event, Finished, Metrics, Planned, Progress, Wish
 from worker.supervisor.server import KILLED, Trainer
 from worker.supervisor.wire import Wire
@@ -24,6 +24,7 @@ class Puppet(Trainer):
     def __init__(self) -> None:
         ours, self.theirs = socket.socketpair()
         super().__init__(0, ours)
+        self.theirs.settimeout(60)
         self.holds_on = False  # somebody else keeps its socket open
 
     def kill(self) -> None:
@@ -69,9 +70,27 @@ def wire(puppet: Puppet, tmp_path: Path) -> Iterator[Callable[..., Wire]]:
 
 def all_said(wire: Wire) -> list[Any]:
     said: list[Any] = []
-    while (batch := wire.reports.get(timeout=5)) is not None:
+    while (batch := wire.reports.get(timeout=60)) is not None:
         said += batch
     return said
+
+
+class Looks:
+    """Counts the ticks, each of which is followed by a look at the clocks."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def wish(self) -> Wish:
+        self.count += 1
+        return "run"
+
+    def await_one(self, wire: Wire) -> None:
+        """Have the wire look at its clocks as they are now, and wait until it has."""
+        for _ in range(3):  # the first may have begun before, and the third says that the second is over
+            before = self.count
+            wire.poke()
+            until(lambda: self.count > before)  # noqa: B023
 
 
 def test_reports_arrive_in_order_however_they_are_cut(puppet: Puppet, wire: Callable[..., Wire]) -> None:
@@ -86,16 +105,17 @@ def test_reports_arrive_in_order_however_they_are_cut(puppet: Puppet, wire: Call
     assert one.verdict is None
 
 
-def test_ticks_carry_what_is_wanted_and_a_poke_hurries_them(puppet: Puppet, wire: Callable[..., Wire]) -> None:
+def test_ticks_carry_what_is_wanted_and_a_poke_hurries_them(
+    puppet: Puppet, wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.supervisor.wire, "TICK_SECONDS", 1000.0)
     wanted: list[Wish] = ["run"]
-    one = wire(wish=lambda: wanted[0])
+    one = wire(wish=lambda: wanted[0], fence_seconds=8000.0)
     with puppet.theirs.makefile("rb") as lines:
         assert json.loads(lines.readline()) == {"type": "tick", "wanted": "run"}
         wanted[0] = "pause"
         one.poke()
-        began = time.monotonic()
-        assert json.loads(lines.readline()) == {"type": "tick", "wanted": "pause"}
-        assert time.monotonic() - began < 0.5
+        assert json.loads(lines.readline()) == {"type": "tick", "wanted": "pause"}  # or times out, as it would unasked
         one.go()
         assert json.loads(lines.readline()) == {"type": "go"}
 
@@ -121,14 +141,14 @@ def test_a_stray_child_that_holds_the_socket_does_not_hold_the_run(puppet: Puppe
 def test_the_fence_kills_without_any_help(puppet: Puppet, wire: Callable[..., Wire]) -> None:
     last = time.monotonic()
     one = wire(confirmed=lambda: last, fence_seconds=0.3)
-    until(lambda: puppet.code == KILLED, 2)
+    until(lambda: puppet.code == KILLED)
     assert one.verdict == "fenced"
 
 
 def test_the_same_progress_again_and_again_is_none(puppet: Puppet, wire: Callable[..., Wire]) -> None:
     one = wire(progress_seconds=0.4, fence_seconds=1.0)
     began = time.monotonic()
-    while puppet.code is None and time.monotonic() - began < 5:
+    while puppet.code is None and time.monotonic() - began < 60:
         try:
             puppet.say(Progress(phase="train", fraction=0.5, step=7), Event(code="still", message="here"))
         except OSError:
@@ -137,27 +157,47 @@ def test_the_same_progress_again_and_again_is_none(puppet: Puppet, wire: Callabl
     assert one.verdict == "hung"
 
 
-def test_progress_that_moves_is_enough(puppet: Puppet, wire: Callable[..., Wire]) -> None:
-    one = wire(progress_seconds=0.5, fence_seconds=1.0)
-    for step in range(50):
+def test_progress_that_moves_is_enough(
+    puppet: Puppet, wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, looks = Clock(), Looks()
+    monkeypatch.setattr(worker.supervisor.wire, "time", clock)
+    one = wire(wish=looks.wish, confirmed=clock.monotonic, progress_seconds=0.5)
+    for step in range(5):
         puppet.say(Progress(phase="train", fraction=step / 50, step=step))
-        time.sleep(0.02)
+        assert one.reports.get(timeout=60)
+        clock.now += 0.4
+        looks.await_one(one)
     assert puppet.code is None
     assert one.verdict is None
+    clock.now += 0.2  # without any it is too long
+    one.poke()
+    until(lambda: puppet.code == KILLED)
+    assert one.verdict == "hung"
 
 
-def test_after_the_last_word_no_clock_kills_but_the_fence(puppet: Puppet, wire: Callable[..., Wire]) -> None:
-    one = wire(progress_seconds=0.2, fence_seconds=1.0)
+def test_after_the_last_word_no_clock_kills_but_the_fence(
+    puppet: Puppet, wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, last, looks = Clock(), Clock(), Looks()
+    monkeypatch.setattr(worker.supervisor.wire, "time", clock)
+    one = wire(wish=looks.wish, confirmed=last.monotonic, progress_seconds=0.2, fence_seconds=10.0)
     puppet.say(Finished(outcome="succeeded"))
-    one.kill_at(time.monotonic() + 0.2, "drained")
-    time.sleep(0.6)
+    assert one.reports.get(timeout=60)
+    one.kill_at(clock.now + 0.2, "drained")
+    clock.now += 5.0
+    looks.await_one(one)
     assert puppet.code is None
     assert one.verdict is None
+    clock.now += 6.0
+    one.poke()
+    until(lambda: puppet.code == KILLED)
+    assert one.verdict == "fenced"
 
 
 def test_the_earliest_deadline_counts(puppet: Puppet, wire: Callable[..., Wire]) -> None:
-    one = wire(fence_seconds=0.8)
+    one = wire()
     one.kill_at(time.monotonic() + 0.2, "drained")
-    one.kill_at(time.monotonic() + 60, "cancelled")
-    until(lambda: puppet.code == KILLED, 3)
+    one.kill_at(time.monotonic() + 600, "cancelled")
+    until(lambda: puppet.code == KILLED)
     assert one.verdict == "drained"

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.worker
 
 
 def test_a_cancel_ends_trainer_and_job(host: Host) -> None:
-    job_id = submit(host.engine, steps=10_000, step_seconds=0.01)
+    job_id = submit(host.engine, hold_at=2)
     with running(host, job_id):
         trainer = trainer_of(host, job_id)
         set_job(host.engine, job_id, wanted="cancel")
@@ -27,24 +27,24 @@ def test_a_cancel_ends_trainer_and_job(host: Host) -> None:
 
 
 def test_a_cancel_is_heard_without_a_poke_and_kills_who_does_not_listen(host: Host) -> None:
-    job_id = submit(host.engine, steps=10_000, step_seconds=0.01, deaf=True)
+    job_id = submit(host.engine, hold_at=2, deaf=True)
     with running(host, job_id):
         trainer = trainer_of(host, job_id)
         set_job(host.engine, job_id, wanted="cancel")
         began = time.monotonic()
-    assert time.monotonic() - began < 20  # heartbeat and grace make 3.5 s; the rest is for a busy machine
+    assert time.monotonic() - began < 60  # heartbeat and grace make 3.5 s, and by itself it ends after two minutes
     assert job_of(host.engine, job_id).status == Status.CANCELLED
     assert dead(trainer)
 
 
 def test_pause_and_resume_lead_to_the_same_weights(host: Host) -> None:
-    job_id = submit(host.engine, steps=60, step_seconds=0.03, checkpoint_every=1000)
+    job_id = submit(host.engine, steps=60, checkpoint_every=1000, hold_at=3)
     with running(host, job_id):
         set_job(host.engine, job_id, wanted="pause")
     job = job_of(host.engine, job_id)
     assert (job.status, job.losses) == (Status.PAUSED, 0)
     (checkpoint,) = rows_of(host.engine, tables.Checkpoint, job_id, tables.Checkpoint.step)
-    assert 2 <= checkpoint.step < 60
+    assert checkpoint.step == 3
     set_job(host.engine, job_id, wanted="run", status="queued")
     again(host, job_id)
     assert job_of(host.engine, job_id).status == Status.SUCCEEDED
@@ -52,22 +52,22 @@ def test_pause_and_resume_lead_to_the_same_weights(host: Host) -> None:
 
 
 def test_a_stop_keeps_the_model(host: Host) -> None:
-    job_id = submit(host.engine, steps=10_000, step_seconds=0.01)
+    job_id = submit(host.engine, hold_at=3)
     with running(host, job_id):
         set_job(host.engine, job_id, wanted="stop")
     job = job_of(host.engine, job_id)
-    assert job.status == Status.STOPPED
-    assert job.result is not None
-    assert weights_of(host.engine, host.blobs, job_id) == digest_after(job.result["steps"])
+    assert (job.status, job.result) == (Status.STOPPED, {"steps": 3})
+    assert weights_of(host.engine, host.blobs, job_id) == digest_after(3)
 
 
 def test_a_drain_hands_the_job_back_with_a_checkpoint(host: Host) -> None:
-    job_id = submit(host.engine, steps=60, step_seconds=0.03, checkpoint_every=1000)
+    job_id = submit(host.engine, steps=60, checkpoint_every=1000, hold_at=3)
     with running(host, job_id):
         host.drain()
     job = job_of(host.engine, job_id)
     assert (job.status, job.status_reason, job.losses, job.lease_owner) == (Status.QUEUED, "drained", 0, None)
-    assert rows_of(host.engine, tables.Checkpoint, job_id, tables.Checkpoint.step)
+    (checkpoint,) = rows_of(host.engine, tables.Checkpoint, job_id, tables.Checkpoint.step)
+    assert checkpoint.step == 3
     assert work(host, "poll", internal=False) == 0  # a draining host takes nothing
     host.draining.clear()
     host.drain_at = float("inf")
@@ -77,10 +77,10 @@ def test_a_drain_hands_the_job_back_with_a_checkpoint(host: Host) -> None:
 
 def test_a_drain_does_not_wait_for_who_does_not_listen(host: Host) -> None:
     host.settings = host.settings.model_copy(update={"drain_seconds": 1.0})
-    job_id = submit(host.engine, steps=10_000, step_seconds=0.01, checkpoint_every=50, deaf=True)
+    job_id = submit(host.engine, hold_at=2, deaf=True)
     with running(host, job_id):
         began = time.monotonic()
         host.drain()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 60  # by itself it ends after two minutes
     job = job_of(host.engine, job_id)
     assert (job.status, job.status_reason, job.losses) == (Status.QUEUED, "drained", 0)
