@@ -9,19 +9,23 @@ import json
 import pkgutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
 from pydantic import Field, create_model
 
 from app.domain.errors import UserFault
-from app.domain.spec import Spec
+from app.domain.spec import Spec, Training
 from worker import apply, finetune, pretrain
 from worker.parts import architectures
 from worker.recipe import Recipe
 
 Json = dict[str, Any]
+
+# What a recipe that uses a model takes of `training`: how a forward pass computes, and what is drawn.
+_OF_A_PASS = frozenset({"batch_size", "precision", "memory_format", "deterministic", "seed"})
+_UNREAD = "it would change nothing, and what this job can be told stands in params"
 
 
 @cache
@@ -75,8 +79,18 @@ def row(found: Recipe) -> Json:
         "schema": schema(found),
         "defaults": json.loads(json.dumps(found.defaults)),
         "template": template(found),
-        "requires": asdict(found.requires) | {"plans": found.plan is not None, "gives_model": found.gives_model},
+        "requires": requires(found),
     }
+
+
+def requires(found: Recipe) -> Json:
+    """Give what a recipe needs as it is published; one that uses a model needs what only training reads left out."""
+    needs = found.requires
+    if found.apply is not None:
+        unread = [f"training.{name}" for name in Training.model_fields if name not in _OF_A_PASS]
+        unread.append("data.validation_fraction")
+        needs = replace(needs, without={**dict.fromkeys(unread, _UNREAD), **needs.without})
+    return asdict(needs) | {"plans": found.plan is not None, "gives_model": found.gives_model}
 
 
 def schema(found: Recipe) -> Json:
@@ -113,8 +127,9 @@ def template(found: Recipe) -> Json:
         "dataset": f"ds_{'0' * 26}",
         "model": f"mdl_{'0' * 26}" if found.requires.trained else {"architecture": "small_cnn"},
         "params": found.Params().model_dump(mode="json"),
-        "training": {"epochs": Spec.model_fields["training"].default.epochs},
     }
+    if found.apply is None:
+        body["training"] = {"epochs": Spec.model_fields["training"].default.epochs}
     return merge(body, found.defaults)
 
 

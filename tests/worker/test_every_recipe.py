@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from app.domain.datasets import DatasetFacts
+from app.domain.errors import UserFault
 from app.domain.spec import Spec
 from tests.worker import sets
 from worker import catalogue, evaluate, loop
@@ -19,6 +20,7 @@ from worker.parts import backbones, compute
 from worker.parts.seed import generator, reseed
 from worker.recipe import Progress, Recipe
 from worker.report import Finished, Saved
+from worker.trainer import alone
 from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
@@ -75,6 +77,21 @@ def test_nonsense_is_refused_by_schema_and_class_alike(any_recipe: Recipe) -> No
         assert list(validator.iter_errors({"recipe": any_recipe.name, "params": params})), params
         with pytest.raises(ValidationError):
             any_recipe.Params.model_validate(params)
+
+
+def test_what_it_would_not_read_of_training_is_refused_by_name(any_recipe: Recipe) -> None:
+    body = {
+        "recipe": any_recipe.name, "model": {"architecture": "vit_b_16", "weights": "IMAGENET1K_V1"},
+        "training": {"seed": 5, "batch_size": 64, "precision": "float32"},
+    }  # fmt: skip
+    alone.check(body, None)
+    if any_recipe.apply is None:
+        return
+    assert "training" not in catalogue.template(any_recipe)
+    for given in ({"training": {"epochs": 3}}, {"training": {"optimizer": "sgd"}}, {"data": {"validation_fraction": 0}}):
+        ((section, fields),) = given.items()
+        with pytest.raises(UserFault, match=f"^{section}.{next(iter(fields))}: Leave this out for {any_recipe.name}: "):
+            alone.check({**body, **given}, None)
 
 
 def _numbers(recipe: Recipe) -> list[str]:
