@@ -10,10 +10,8 @@ from worker.parts.tuning import Plan
 from worker.report import Progress
 
 SHOW_SECONDS = 1.0
-SAVE_SECONDS = (
-    10.0  # at least, between checkpoints at the ends of epochs, each of which the supervisor hashes and stores,
-)
-SAVING_SHARE = 0.05  # of which no more than this goes into saving
+SAVE_SECONDS = 10.0  # at least, between checkpoints at the ends of epochs: the supervisor hashes and stores each
+SAVING_SHARE = 0.05  # of the time at most goes into saving
 
 
 class Clock:

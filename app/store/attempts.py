@@ -79,7 +79,8 @@ def begin(
 
     The first attempt's plan stays for all later ones. Only a run that is already running may put another in its place,
     as after out of memory. `from_step` is the step of the checkpoint that the run starts from (0 for none): what an
-    earlier attempt reported beyond it is forgotten. A run that is not `exact` says so in an event.
+    earlier attempt reported beyond it is forgotten. A run that is not `exact` makes the job so for good; the trainer's
+    own event says what differs.
 
     Raises:
         Fenced
@@ -95,10 +96,6 @@ def begin(
         )  # fmt: skip
     if not exact:
         job.exact = False
-        events.append(
-            session, job, type="log", code="resume.inexact", level="warning", data={"fingerprint": fingerprint},
-            message="This worker differs from the one that began: the run goes on, but not with the same bits.",
-        )  # fmt: skip
     if from_step is not None:
         metrics.forget_after(session, job.id, from_step)
     session.execute(

@@ -88,7 +88,11 @@ def test_what_it_would_not_read_of_training_is_refused_by_name(any_recipe: Recip
     if any_recipe.apply is None:
         return
     assert "training" not in catalogue.template(any_recipe)
-    for given in ({"training": {"epochs": 3}}, {"training": {"optimizer": "sgd"}}, {"data": {"validation_fraction": 0}}):
+    for given in (
+        {"training": {"epochs": 3}},
+        {"training": {"optimizer": "sgd"}},
+        {"data": {"validation_fraction": 0}},
+    ):
         ((section, fields),) = given.items()
         with pytest.raises(UserFault, match=f"^{section}.{next(iter(fields))}: Leave this out for {any_recipe.name}: "):
             alone.check({**body, **given}, None)

@@ -120,6 +120,10 @@ def test_linear_heads_are_one_job_for_each_start() -> None:
     result = label_efficiency.gather(params, given_, children).result
     assert [(row["start"], row["n"]) for row in result["rows"]] == [("random", 3), ("model", 3)] * 2
     assert [gain["mean"] for gain in result["gains"]] == pytest.approx([0.3, 0.3])
+    assert result["budget"] == {"steps": 300}
+    by_epochs = facts(training={"steps": None, "epochs": 7})
+    planned = label_efficiency.plan(params, by_epochs, ())[0]["params"]["steps"]
+    assert label_efficiency.gather(params, by_epochs, children).result["budget"] == {"steps": planned}
     more = LabelEfficiencyParams(finetune={"trainable": "head", "augmentation": "light"})
     assert len(label_efficiency.plan(more, given_, ())) == 18, "what more is asked of fine-tuning needs fine-tuning"
 

@@ -183,6 +183,10 @@ def test_an_unlabelled_set_can_be_pretrained_on_but_not_classified(tmp_path: Pat
 def test_measuring_runs_a_few_steps_and_keeps_nothing(digits: DatasetFacts, tmp_path: Path) -> None:
     body = sets.spec(training={"epochs": 200})
     order = sets.order(body, digits, tmp_path).model_copy(update={"recipe": "measure", "kind": "internal"})
+    others = Path(order.cache) / "images" / "of_another_job" / "pixels"
+    others.parent.mkdir(parents=True)
+    with others.open("wb") as file:
+        file.truncate(10**9)
     heard, last = sets.finished(order)
     found = last.result
     assert found is not None
@@ -190,7 +194,7 @@ def test_measuring_runs_a_few_steps_and_keeps_nothing(digits: DatasetFacts, tmp_
     assert 0 < found["seconds_per_step"] < 5
     assert found["estimated_seconds"] == pytest.approx(found["seconds_per_step"] * 1600)
     assert found["memory_bytes"] > 50e6
-    assert found["disk_bytes"] >= 160 * 64 + 3 * found["checkpoint_bytes"]
+    assert found["disk_bytes"] == (160 + 60) * 64 + 3 * found["checkpoint_bytes"], "no other job's images"
     assert found["parameters"] * 12 <= found["checkpoint_bytes"] <= found["parameters"] * 13 + 10_000
     assert heard.of(Saved) == heard.of(Metrics) == []
     assert last.model is None

@@ -21,6 +21,7 @@ from worker.recipe import Child, Facts, Gathered, Params, Recipe, Requires
 
 STARTS = ("random", "model")
 HEADS_ONLY = {"trainable": "head"}
+HEAD_STEPS = 1000  # of linear heads, where the job counts epochs
 WITHOUT = {
     "training.early_stopping": "cells are compared after the same number of steps",
     "training.max_seconds": "cells are compared after the same number of steps",
@@ -147,7 +148,7 @@ def _heads(params: LabelEfficiencyParams, facts: Facts) -> dict[str, Any]:
     """Say to `linear_heads` what the job says to fine-tuning."""
     training = facts.spec.training
     wanted: dict[str, Any] = {
-        "seeds": params.seeds, "steps": training.steps or 1000, "weight_decay": training.weight_decay,
+        "seeds": params.seeds, "steps": training.steps or HEAD_STEPS, "weight_decay": training.weight_decay,
         "validation_fraction": facts.spec.data.validation_fraction,
         "fractions" if params.unit == "label_fraction" else params.unit: list(params.amounts),
     }  # fmt: skip
@@ -180,9 +181,9 @@ def gather(params: LabelEfficiencyParams, facts: Facts, children: Sequence[Child
         raise UserFault(
             f"No budget has a result from both starts; {first[0]}: {first[1]}", code="child_failed", phase="gather"
         )
-    budget = {"steps": facts.spec.training.steps} if facts.spec.training.steps else {
-        "epochs": facts.spec.training.epochs
-    }  # fmt: skip
+    training = facts.spec.training
+    steps = training.steps or (HEAD_STEPS if params.finetune == HEADS_ONLY else None)
+    budget = {"steps": steps} if steps else {"epochs": training.epochs}
     said = sentence(params, gains)
     return Gathered(
         {"sentence": said, "rows": rows, "gains": gains, "budget": budget, "failed": failed},

@@ -3,13 +3,15 @@
 import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from worker import loop
 from worker.checkpoint import Checkpoints, Contents, size_bytes
+from worker.data.features import Features
+from worker.data.images import Images
+from worker.data.source import Data, Part, Source
 from worker.parts.tuning import Plan
 from worker.recipe import Progress
 from worker.report import Order, Reporter
@@ -40,7 +42,8 @@ def run(order: Order, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         plan, steps, seconds_per_step, estimated_seconds, memory_bytes (the peak of the process, or of the device),
-        disk_bytes (decoded images and the checkpoints that are kept), checkpoint_bytes, parameters.
+        disk_bytes (decoded images, outputs of a frozen prefix, the checkpoints that are kept), checkpoint_bytes,
+        parameters.
     """
     made = assemble(order, reporter)
     reporter.planned(made.plan.model_dump(mode="json"), {})
@@ -54,17 +57,31 @@ def run(order: Order, reporter: Reporter) -> dict[str, Any]:
     weighed = _step(made, _share(made.plan), enough)
     settled = marks[WARM_STEPS:] if len(marks) > WARM_STEPS + 1 else marks
     seconds = (settled[-1] - settled[0]) / max(len(settled) - 1, 1)
-    images = [file for file in (Path(order.cache) / "images").glob("[!.]*/*") if file.is_file()]
     return {
         "plan": made.plan.model_dump(mode="json"),
         "steps": made.plan.steps,
         "seconds_per_step": seconds,
         "estimated_seconds": seconds * made.plan.steps,
         "memory_bytes": _peak_bytes(made.device),
-        "disk_bytes": sum(file.stat().st_size for file in images) + 3 * weighed,
+        "disk_bytes": _cached_bytes(made.data) + 3 * weighed,
         "checkpoint_bytes": weighed,
         "parameters": sum(parameter.numel() for parameter in made.objective.parameters()),
     }
+
+
+def _cached_bytes(data: Data) -> int:
+    """Weigh what this run's samples take in the caches of the host, where those of other jobs lie as well."""
+    found: dict[str, int] = {}
+    waiting: list[Source | None] = [data.train, data.validation, data.test, data.probe]
+    while waiting:
+        source = waiting.pop()
+        if isinstance(source, Images):
+            found[source.key] = source.pixels.nbytes
+        elif isinstance(source, Features):
+            found[f"features {id(source)}"] = source.values.nbytes
+        if isinstance(source, Features | Part):
+            waiting.append(source.source)
+    return sum(found.values())
 
 
 def largest_batch(made: Assembly, first: int) -> int | None:

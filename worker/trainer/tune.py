@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from app.domain.spec import Training
+from app.domain.spec import Optimizer, Training
 from worker.parts import backbones, compute, machine, memo, optim, tuning
 from worker.parts.machine import Hardware
 from worker.parts.memo import Memo, MemoryFormat, Precision, Row
@@ -103,7 +103,7 @@ def rate_of(way: Way, hardware: Hardware, seconds: float) -> Row:
     images = compute.laid_out({"image": images}, plan)["image"]
     labels = torch.randint(CLASSES, (way.network.batch,), generator=draws).to(device)
     # At a rate of 0 the work is the same, and one batch is not learnt until its gradients are denormal and slow.
-    optimizer = optim.build(optim.groups(module, ()), plan_optimizer(plan))
+    optimizer = optim.build(optim.groups(module, ()), Optimizer.model_validate(plan.optimizer))
     optimizer.schedule(0.0, 0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "float16")
     if way.compile:
@@ -135,13 +135,6 @@ def rate_of(way: Way, hardware: Hardware, seconds: float) -> Row:
         compile=way.compile, compile_seconds=round(first, 1) if way.compile else 0.0,
         samples_per_second=round(steps * way.network.batch / spent, 1),
     )  # fmt: skip
-
-
-def plan_optimizer(plan: Plan) -> Any:
-    """Give the plan's optimiser as the spec has it."""
-    from app.domain.spec import Optimizer
-
-    return Optimizer.model_validate(plan.optimizer)
 
 
 def _plan(way: Way, hardware: Hardware) -> Plan:
