@@ -64,9 +64,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def settings(home: Path, database_url: str) -> Settings:
-    """Give settings that point at the test's database and home, with short times."""
+    """Give settings that point at the test's database and home, with short times but for those that give up."""
     return Settings(
-        home=home, database_url=database_url, heartbeat_seconds=0.2, fence_seconds=1.0, lease_seconds=2.0,
+        home=home, database_url=database_url, heartbeat_seconds=0.2, fence_seconds=30, lease_seconds=60,
         poll_seconds=0.1, sweep_seconds=0.2, free_space_floor_bytes=0,
     )  # fmt: skip  # pyright: ignore[reportCallIssue]
 

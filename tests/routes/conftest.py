@@ -38,16 +38,16 @@ def serve(app: FastAPI, settings: Settings) -> Iterator[Service]:
     )  # fmt: skip
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="api", daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not server.started:
         assert thread.is_alive(), "the API ended while it started"
-        assert time.monotonic() < deadline, "the API did not start within 30 s"
+        assert time.monotonic() < deadline, "the API did not start within two minutes"
         time.sleep(0.01)
     try:
         yield Service(f"http://127.0.0.1:{listener.getsockname()[1]}", app, settings)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         listener.close()
         assert not thread.is_alive(), "the API did not stop"
 
@@ -82,7 +82,7 @@ def make_caller(service: Service, engine: Engine) -> Iterator[Callable[..., Call
                 owner = session.get_one(factories.tables.Project, project)
             _, secret = factories.make_key(session, owner, scopes=scopes or ("read", "write", "admin"), **columns)
         http = httpx.Client(
-            base_url=service.url, headers={"Authorization": f"Bearer {secret}"}, timeout=30, trust_env=False
+            base_url=service.url, headers={"Authorization": f"Bearer {secret}"}, timeout=120, trust_env=False
         )  # fmt: skip
         opened.append(http)
         return Caller(owner.id, secret, http)
@@ -113,7 +113,7 @@ def catalogue(engine: Engine) -> None:
 @pytest.fixture
 def anonymous(service: Service) -> Iterator[httpx.Client]:
     """Give a client without any key."""
-    with httpx.Client(base_url=service.url, timeout=30, trust_env=False) as client:
+    with httpx.Client(base_url=service.url, timeout=120, trust_env=False) as client:
         yield client
 
 

@@ -211,7 +211,7 @@ def test_wait_ends_when_the_dataset_is_ready_or_the_time_is_up(caller: Caller, e
     begin = time.monotonic()
     answer = caller.http.get(f"/v1/datasets/{made['id']}", params={"wait": 0.5})
     assert answer.json()["status"] == "processing"
-    assert 0.4 < time.monotonic() - begin < 5
+    assert 0.4 < time.monotonic() - begin < 20
 
     def end() -> None:
         time.sleep(0.5)
@@ -222,9 +222,9 @@ def test_wait_ends_when_the_dataset_is_ready_or_the_time_is_up(caller: Caller, e
     thread = threading.Thread(target=end)
     thread.start()
     begin = time.monotonic()
-    answer = caller.http.get(f"/v1/datasets/{made['id']}", params={"wait": 20})
+    answer = caller.http.get(f"/v1/datasets/{made['id']}", params={"wait": 60})
     thread.join()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     assert answer.json()["status"] == "failed"
     assert answer.json()["error"] == {
         "class": "data", "code": "no_images", "message": "There is no image.", "hint": "Send some.", "phase": None,

@@ -85,19 +85,19 @@ def test_the_first_upload_is_still_running(caller: Caller, engine: Engine) -> No
     def slowly() -> Any:
         yield head
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         yield tail
 
     headers = {"Idempotency-Key": "slow", "Content-Type": "multipart/form-data; boundary=x"}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(lambda: caller.http.post("/v1/datasets", content=slowly(), headers=headers))
-        assert begun.wait(20)
+        assert begun.wait(60)
         while not running(engine, caller):
             pass
         assert_error(upload(caller, "slow"), 409, "idempotency_running")
         assert_error(post(caller, "slow"), 409, "idempotency_running")
         go_on.set()
-        made = first.result(20)
+        made = first.result(60)
     assert made.status_code == 202
     assert upload(caller, "slow").json() == made.json()
 

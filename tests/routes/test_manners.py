@@ -77,7 +77,7 @@ def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def http(fragile: Service) -> Iterator[httpx.Client]:
     key = (fragile.settings.home_path / "key").read_text().strip()
     with httpx.Client(
-        base_url=fragile.url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=30
+        base_url=fragile.url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=120
     ) as client:  # fmt: skip
         yield client
 

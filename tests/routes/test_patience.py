@@ -32,20 +32,20 @@ def test_waiting_answers_at_the_next_change(client: httpx.Client, caller: Caller
     thread = threading.Thread(target=cancel_soon)
     thread.start()
     started = time.monotonic()
-    answer = client.get(f"/v1/jobs/{job}", params={"wait": 20})
+    answer = client.get(f"/v1/jobs/{job}", params={"wait": 60})
     thread.join()
     assert answer.json()["status"] == "cancelled"
-    assert 0.3 < time.monotonic() - started < 5
+    assert 0.3 < time.monotonic() - started < 30
     started = time.monotonic()
-    assert client.get(f"/v1/jobs/{job}", params={"wait": 20}).json()["status"] == "cancelled"
-    assert time.monotonic() - started < 2  # it has ended: nothing more will change
+    assert client.get(f"/v1/jobs/{job}", params={"wait": 60}).json()["status"] == "cancelled"
+    assert time.monotonic() - started < 30  # it has ended: nothing more will change
 
 
 def test_waiting_ends_when_the_time_is_up(client: httpx.Client, caller: Caller, engine: Engine) -> None:
     job = make_job(engine, caller)
     started = time.monotonic()
     assert client.get(f"/v1/jobs/{job}", params={"wait": 0.5}).json()["status"] == "queued"
-    assert 0.4 < time.monotonic() - started < 4
+    assert 0.4 < time.monotonic() - started < 30
     assert_error(client.get(f"/v1/jobs/{job}", params={"wait": -1}), 422)
 
 
@@ -55,18 +55,18 @@ def test_many_who_wait_hold_neither_threads_nor_connections(
     caller = make_caller()
     job = make_job(engine, caller)
     waiting = [
-        threading.Thread(target=lambda: caller.http.get(f"/v1/jobs/{job}", params={"wait": 15})) for _ in range(20)
+        threading.Thread(target=lambda: caller.http.get(f"/v1/jobs/{job}", params={"wait": 60})) for _ in range(20)
     ]  # fmt: skip
     for thread in waiting:
         thread.start()
     notifier = service.app.state.notifier
-    until(lambda: notifier.open_streams >= 20, 10)
-    with httpx.Client(base_url=service.url, headers=caller.http.headers, trust_env=False) as other:
+    until(lambda: notifier.open_streams >= 20)
+    with httpx.Client(base_url=service.url, headers=caller.http.headers, trust_env=False, timeout=60) as other:
         assert_error(other.get(f"/v1/jobs/{job}", params={"wait": 5}), 429, "too_many_streams")
         started = time.monotonic()
         assert other.post(f"/v1/jobs/{job}/cancel").status_code == 202
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
     for thread in waiting:
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()
     assert notifier.open_streams == 0

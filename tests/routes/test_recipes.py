@@ -65,7 +65,7 @@ def test_workers_are_listed_with_the_age_of_their_heartbeat(client: httpx.Client
     }  # fmt: skip
     assert (worker["host"], worker["slots"], worker["busy"], worker["draining"]) == ("here", 2, 1, True)
     assert worker["alive"] is True
-    assert 0 <= worker["heartbeat_age_seconds"] < 2
+    assert 0 <= worker["heartbeat_age_seconds"] < 60
 
 
 @pytest.mark.parametrize("path", ["/v1/recipes", "/v1/recipes/autoencoder", "/v1/architectures", "/v1/workers"])

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.routes
 @pytest.fixture
 def browser(service: Service, caller: Caller) -> Iterator[httpx.Client]:
     """Sign a browser in with the caller's key."""
-    with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as http:
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=120) as http:
         answer = http.post("/v1/session", headers={"Authorization": f"Bearer {caller.key}"})
         assert answer.status_code == 201, answer.text
         assert set(answer.json()) == {"id", "object", "expires_at", "project", "scopes", "header", "created_at"}

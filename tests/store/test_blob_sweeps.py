@@ -77,7 +77,7 @@ class TestSweep:
         stored = keep(engine, store, data)
         age(engine, stored.sha256)
         real, deleting = place_of(store).remove, threading.Event()
-        writer = threading.Thread(target=lambda: (deleting.wait(10), keep(engine, store, data)))
+        writer = threading.Thread(target=lambda: (deleting.wait(60), keep(engine, store, data)))
 
         def remove(sha256: str) -> None:
             if sha256 == stored.sha256:
@@ -89,7 +89,7 @@ class TestSweep:
         monkeypatch.setattr(place_of(store), "remove", remove)
         writer.start()
         store.sweep(engine, self.GRACE)
-        writer.join(20)
+        writer.join(60)
         assert store.exists(stored.sha256)
         assert row(engine, stored.sha256) is not None
 

@@ -20,7 +20,7 @@ class TestClock:
     def test_it_tells_the_time_with_fractions(self, engine: Engine) -> None:
         with transaction(engine, read_only=True) as session:
             times = [session.scalar(select(Now())) for _ in range(20)]
-        assert all(isinstance(moment, float) and abs(moment - time.time()) < 5 for moment in times)
+        assert all(isinstance(moment, float) and abs(moment - time.time()) < 60 for moment in times)
         assert any(moment is not None and moment % 1 > 0 for moment in times)
 
     def test_it_moves_on_within_a_transaction(self, engine: Engine) -> None:
@@ -37,7 +37,7 @@ class TestClock:
         with transaction(engine) as session:
             project_id = make_project(session).id
         with transaction(engine, read_only=True) as session:
-            assert abs(session.get_one(tables.Project, project_id).created_at - time.time()) < 5
+            assert abs(session.get_one(tables.Project, project_id).created_at - time.time()) < 60
 
 
 class TestIds:
@@ -87,7 +87,7 @@ class TestTransactions:
             began = time.monotonic()
             with transaction(engine, read_only=True) as reader:
                 assert reader.get(tables.Project, project.id) is None
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 10  # and not the 15 s for which SQLite waits for a lock
 
     def test_two_writers_take_turns(self, engine: Engine) -> None:
         """Nobody gets `database is locked`: a writer says so from the start and waits."""

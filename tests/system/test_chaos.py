@@ -47,7 +47,7 @@ def strike(stack: Stack, chance: random.Random) -> str:
                 stack.flush_redis()
             case "freeze":
                 os.kill(worker.pid, signal.SIGSTOP)
-                time.sleep(chance.uniform(1, 8))
+                time.sleep(chance.uniform(1, 16))
                 os.kill(worker.pid, signal.SIGCONT)
     return what
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import time
 
 import psutil
 import pytest
@@ -17,33 +16,32 @@ pytestmark = pytest.mark.system
 
 
 def test_a_killed_worker_leaves_no_orphan_and_another_goes_on(stack: Stack) -> None:
-    job_id = stack.submit(steps=150, step_seconds=0.03, checkpoint_every=20)
+    job_id = stack.submit(steps=150, checkpoint_every=20, hold_at=45)
     stack.until_step(job_id, 45)
     worker = stack.workers[0]
     family = worker.family()
     assert len(family) == 3  # supervisor, zygote, trainer
-    killed = time.monotonic()
     stack.stop_worker(worker)
-    until(lambda: all(dead(pid) for pid in family), 3)
+    until(lambda: all(dead(pid) for pid in family))
     stack.ensure(workers=1)
-    until(lambda: len(stack.attempts(job_id)) == 2, 45)
-    assert time.monotonic() - killed < 45
+    until(lambda: len(stack.attempts(job_id)) == 2, what="nobody took over when the lease had run out")
     stack.until_status(job_id, "succeeded")
     assert stack.weights(job_id) == digest_after(150).encode()
     stack.assert_ended_once(job_id)
     assert [attempt.outcome for attempt in stack.attempts(job_id)] == ["lost", "succeeded"]
     steps = [event.data["step"] for event in stack.events(job_id) if event.code == "trainer.began"]
-    assert steps[1] >= 40  # at most one checkpoint's work was lost
+    assert steps == [0, 40]  # at most one checkpoint's work was lost
     metrics = stack.rows(tables.Metric, job_id, tables.Metric.step)
     assert [row.step for row in metrics] == list(range(1, 151))
 
 
 def test_of_two_workers_the_other_takes_over(stack: Stack) -> None:
     stack.ensure(workers=2)
-    job_id = stack.submit(steps=150, step_seconds=0.03, checkpoint_every=20)
+    job_id = stack.submit(steps=150, checkpoint_every=20, hold_at=30)
     stack.until_step(job_id, 30)
     (holder,) = [worker for worker in stack.workers if worker.trainers()]
     stack.stop_worker(holder)
+    stack.expire(job_id)
     stack.until_status(job_id, "succeeded")
     assert stack.weights(job_id) == digest_after(150).encode()
     stack.assert_ended_once(job_id)
@@ -52,7 +50,7 @@ def test_of_two_workers_the_other_takes_over(stack: Stack) -> None:
 
 
 def test_a_killed_trainer_is_tried_again_at_once_by_the_same_worker(stack: Stack) -> None:
-    job_id = stack.submit(steps=150, step_seconds=0.03, checkpoint_every=20)
+    job_id = stack.submit(steps=150, checkpoint_every=20, hold_at=30)
     stack.until_step(job_id, 30)
     (trainer,) = stack.workers[0].trainers()
     os.kill(trainer, signal.SIGKILL)
@@ -64,11 +62,11 @@ def test_a_killed_trainer_is_tried_again_at_once_by_the_same_worker(stack: Stack
     assert first.error is not None
     assert first.error["code"] == "trainer_killed"
     assert first.closed_at is not None
-    assert second.opened_at - first.closed_at < 15
+    assert second.opened_at - first.closed_at < 60
 
 
 def test_a_killed_zygote_is_replaced_and_the_job_goes_on(stack: Stack) -> None:
-    job_id = stack.submit(steps=150, step_seconds=0.03, checkpoint_every=20)
+    job_id = stack.submit(steps=150, checkpoint_every=20, hold_at=30)
     stack.until_step(job_id, 30)
     (zygote,) = psutil.Process(stack.workers[0].pid).children()
     zygote.kill()
@@ -78,22 +76,24 @@ def test_a_killed_zygote_is_replaced_and_the_job_goes_on(stack: Stack) -> None:
 
 
 def test_a_killed_api_disturbs_no_job(stack: Stack) -> None:
-    job_id = stack.submit(steps=80, step_seconds=0.03)
+    job_id = stack.submit(steps=100_000, step_seconds=0.03)
     stack.until_step(job_id, 5)
     assert stack.api is not None
     stack.api.kill()
     stack.api.wait()
+    stack.until_step(job_id, stack.last_step(job_id) + 1)
     stack.ensure()
-    stack.until_status(job_id, "succeeded")
+    stack.verb(job_id, "stop")
+    job = stack.until_status(job_id, "stopped")
     assert len(stack.attempts(job_id)) == 1
-    assert stack.weights(job_id) == digest_after(80).encode()
-    stack.assert_ended_once(job_id)
+    assert stack.weights(job_id) == digest_after(job["result"]["steps"]).encode()
+    stack.assert_ended_once(job_id, "stopped")
 
 
 @pytest.mark.parametrize("whole_family", [False, True], ids=["supervisor", "supervisor and trainer"])
 def test_a_stopped_supervisor_that_wakes_up_late_writes_nothing(stack: Stack, whole_family: bool) -> None:
     stack.ensure(workers=2)
-    job_id = stack.submit(steps=200, step_seconds=0.03, checkpoint_every=20)
+    job_id = stack.submit(steps=100_000, step_seconds=0.03, checkpoint_every=20)
     stack.until_step(job_id, 30)
     (sleeper,) = [worker for worker in stack.workers if worker.trainers()]
     frozen = sleeper.family() if whole_family else [sleeper.pid]
@@ -101,23 +101,27 @@ def test_a_stopped_supervisor_that_wakes_up_late_writes_nothing(stack: Stack, wh
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
     try:
-        until(lambda: len(stack.attempts(job_id)) == 2, 45, "nobody took over")
+        if whole_family:
+            stack.expire(job_id)  # and the sleeper will believe that its lease still runs
+        until(lambda: len(stack.attempts(job_id)) == 2, what="nobody took over")
         if not whole_family:
-            until(lambda: dead(trainer), 5)  # it heard no tick for the length of the fence
+            until(lambda: dead(trainer))  # it heard no tick for the length of the fence
     finally:
         for pid in frozen:
             with contextlib.suppress(ProcessLookupError):  # a passing helper of the family may be gone
                 os.kill(pid, signal.SIGCONT)
-    until(lambda: dead(trainer), 5, "the stale trainer lives")
-    stack.until_status(job_id, "succeeded")
-    assert stack.weights(job_id) == digest_after(200).encode()
-    stack.assert_ended_once(job_id)  # no event of the first attempt follows one of the second
-    assert [attempt.outcome for attempt in stack.attempts(job_id)] == ["lost", "succeeded"]
+    until(lambda: dead(trainer), what="the stale trainer lives")
+    until(lambda: not sleeper.trainers())
+    stack.until_step(job_id, stack.last_step(job_id) + 1)  # the other goes on
+    stack.verb(job_id, "stop")
+    steps = stack.until_status(job_id, "stopped")["result"]["steps"]
+    assert stack.weights(job_id) == digest_after(steps).encode()
+    stack.assert_ended_once(job_id, "stopped")  # no event of the first attempt follows one of the second
+    assert [attempt.outcome for attempt in stack.attempts(job_id)] == ["lost", "stopped"]
     metrics = stack.rows(tables.Metric, job_id, tables.Metric.step)
-    assert [row.step for row in metrics] == list(range(1, 201))
+    assert [row.step for row in metrics] == list(range(1, steps + 1))
     taken_over = min(row.step for row in metrics if row.attempt == 2)
     assert {row.attempt for row in metrics if row.step >= taken_over} == {2}
-    until(lambda: not sleeper.trainers(), 5)
     again = stack.submit(steps=3)  # and the sleeper is of use again
     stack.until_status(again, "succeeded")
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.system
 @pytest.fixture
 def child(tmp_path: Path) -> Iterator[Child]:
     """Give a child that says what it read and then sleeps."""
-    script = "import sys, time; print(sys.stdin.read(), flush=True); time.sleep(60)"
+    script = "import sys, time; print(sys.stdin.read(), flush=True); time.sleep(600)"
     made = Child(
         "one", [sys.executable, "-c", script], os.environ, tmp_path, tmp_path / "logs" / "one.log", stdin=b"hi"
     )
@@ -48,7 +48,9 @@ def test_a_child_that_dies_is_started_again_with_growing_pauses(child: Child) ->
 
 
 def test_the_grandchildren_of_a_dead_child_go_with_it(tmp_path: Path) -> None:
-    script = "import subprocess, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
+    script = (
+        "import subprocess, time; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); time.sleep(600)"
+    )
     child = Child("one", [sys.executable, "-c", script], os.environ, tmp_path, tmp_path / "one.log")
     child.start()
     until(lambda: child.tail().strip().isdigit())
@@ -57,14 +59,14 @@ def test_the_grandchildren_of_a_dead_child_go_with_it(tmp_path: Path) -> None:
     child.process.kill()
     until(lambda: not child.alive())
     child.watch()
-    grandchild.wait(5)
+    grandchild.wait(60)
 
 
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import os, subprocess, sys, time; from app.local.child import bind_to_parent\n"
-        "p = subprocess.Popen(['sleep', '60'], start_new_session=True, preexec_fn=bind_to_parent(os.getpid()))\n"
-        "print(p.pid, flush=True); time.sleep(60)"
+        "p = subprocess.Popen(['sleep', '600'], start_new_session=True, preexec_fn=bind_to_parent(os.getpid()))\n"
+        "print(p.pid, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -72,7 +74,7 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    orphan.wait(5)
+    orphan.wait(60)
     assert bind_to_parent(os.getpid()) is not None
 
 

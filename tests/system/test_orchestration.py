@@ -17,7 +17,7 @@ NETWORK = {"architecture": "small_cnn", "width": 0.125}
 def test_one_post_asks_whether_pretraining_pays_and_one_races_methods(tmp_path: Path) -> None:
     with running(tmp_path / "home") as stack, stack.client() as client:
         dataset = client.datasets.create("digits", builtin="digits")["id"]
-        assert client.datasets.wait(dataset, timeout=60)["status"] == "ready"
+        assert client.datasets.wait(dataset, timeout=240)["status"] == "ready"
 
         def submit(**body: Any) -> str:
             return client.jobs.submit({"dataset": dataset, **body})["id"]
@@ -43,7 +43,7 @@ def test_one_post_asks_whether_pretraining_pays_and_one_races_methods(tmp_path: 
                 recipe="method_race", model=NETWORK,
                 params={"methods": [{"recipe": "simclr", "params": {"temprature": 1}}, {"recipe": "vae"}]},
             )  # fmt: skip
-        ended: dict[str, Any] = {job: client.jobs.wait(job, timeout=240) for job in (asked, heads, race, follows)}
+        ended: dict[str, Any] = {job: client.jobs.wait(job, timeout=600) for job in (asked, heads, race, follows)}
 
         job = ended[asked]
         assert job["status"] == "succeeded", job["error"]

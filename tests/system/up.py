@@ -36,7 +36,7 @@ class Up:
         self.process, self.home, self.news = process, home, news
         self.url = ""
 
-    def await_ready(self, seconds: float = 120) -> None:
+    def await_ready(self, seconds: float = 300) -> None:
         """Read the ready line."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + seconds
@@ -58,7 +58,7 @@ class Up:
         """Give the child whose command line has these words."""
         return next(one for one in psutil.Process(self.process.pid).children() if words in " ".join(one.cmdline()))
 
-    def end(self, number: signal.Signals = signal.SIGTERM, seconds: float = 30) -> int:
+    def end(self, number: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
         """Send a signal and wait for the end."""
         self.process.send_signal(number)
         return self.process.wait(seconds)
@@ -83,7 +83,7 @@ def running(home: Path, *arguments: str, cwd: Path | None = None, **settings: st
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(30)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -1,7 +1,6 @@
 """Many heads at once are the heads that torch trains one by one; and the job that does it, from any start."""
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
+from worker.parts import linear_heads
 from worker.parts.linear_heads import Draw, Heads, train_heads
 from worker.parts.seed import generator
 from worker.report import Finished
@@ -128,20 +128,17 @@ def test_a_dataset_without_test_labels_is_refused(tmp_path: Path) -> None:
     assert last.error.code == "no_test_labels"
 
 
-def test_together_is_faster_than_one_by_one() -> None:
-    """Run it with -s for the figure; the bound is loose because other processes share the cores."""
-    features, labels = blobs(2000, 128)
-    draws = [Draw(torch.randperm(2000, generator=generator(seed))[:count], seed)
-             for seed in range(3) for count in (20, 200, 2000)]  # fmt: skip
-    rates = (0.003, 0.01, 0.03)
-    how: dict[str, Any] = {"steps": 60, "batch_size": 128, "weight_decay": 0.05}
-    began = time.perf_counter()
-    train_heads(features, labels, draws, rates, classes=CLASSES, **how)
-    together = time.perf_counter() - began
-    began = time.perf_counter()
-    for draw in draws:
-        for rate in rates:
-            one_by_one(features, labels, draw, rate, **how)
-    apart = time.perf_counter() - began
-    print(f"27 heads, 60 steps: together {together:.3f} s, one by one {apart:.3f} s, ratio {apart / together:.1f}")
-    assert together < apart
+def test_a_step_is_one_pass_for_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = blobs(300, 16)
+    draws = [Draw(torch.randperm(300, generator=generator(seed))[:count], seed)
+             for seed in range(3) for count in (20, 100, 300)]  # fmt: skip
+    passes: list[tuple[torch.Size, torch.Size]] = []
+
+    def counted(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        passes.append((x.shape, weight.shape))
+        return gradients(x, labels, weight, bias, classes)
+
+    gradients = linear_heads._gradients
+    monkeypatch.setattr(linear_heads, "_gradients", counted)
+    train_heads(features, labels, draws, (0.003, 0.01, 0.03), classes=CLASSES, steps=7, batch_size=32, weight_decay=0.1)
+    assert passes == [((9, 32, 16), (9, 16, 3 * CLASSES))] * 7  # 27 heads in 7 passes

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,11 @@ def test_a_killed_process_ends_the_run_as_a_system_fault(many: DatasetFacts, tmp
             (child,) = children()
             child.kill()
 
-    began = time.monotonic()
     heard, last = sets.failed(order, kill)
     assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "process_lost", True)
     assert "Process 2 of 2 was killed (SIGKILL)" in last.error.message
     assert heard.of(Saved), "what was saved before is kept"
     assert children() == []
-    assert time.monotonic() - began < 120
 
 
 def test_no_process_outlives_the_first_one(tmp_path: Path) -> None:
@@ -79,7 +76,7 @@ def test_no_process_outlives_the_first_one(tmp_path: Path) -> None:
     assert all(os.getpgid(other.pid) == os.getpgid(first.pid) for other in others), "one group, one kill"
     first.kill()
     first.communicate()
-    _, alive = psutil.wait_procs(others, timeout=20)
+    _, alive = psutil.wait_procs(others, timeout=60)
     assert alive == []
 
 
