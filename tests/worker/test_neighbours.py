@@ -12,6 +12,7 @@ from sklearn.neighbors import LocalOutlierFactor
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
 from tests.worker.models import done, order, table
+from worker.apply.outliers import pair_similarity
 from worker.parts import neighbours
 from worker.parts.neighbours import distances, local_outlier_factor, nearest, pairs_above
 from worker.report import BaseModelInput
@@ -150,6 +151,22 @@ def test_planted_outliers_and_duplicates_are_found(score: str, pretrained: BaseM
     assert (duplicates["exact"], duplicates["complete"]) == (2, True)
     assert duplicates["across_splits"] == duplicates["leakage"]["train/test"] >= 1
     assert duplicates["nearest"][0]["exact"]
+    assert 0.98 <= duplicates["from_similarity"] <= 0.9999
+    assert min(pairs["similarity"].to_pylist()) >= duplicates["from_similarity"] - 1e-5
+
+
+@pytest.mark.parametrize(("spread", "least"), [(0.02, 0.9997), (0.1, 0.9936), (1.0, 0.98)])
+def test_what_is_a_pair_follows_how_near_each_other_all_lie(spread: float, least: float) -> None:
+    """One copy among 300; a cosine of 0.98 alone would name 44,847, 3 and 1 pairs."""
+    draws = torch.Generator().manual_seed(0)
+    direction = torch.zeros(16).index_fill(0, torch.tensor(0), 1.0)
+    points = direction + spread * torch.randn(300, 16, generator=draws)
+    points[7] = points[200] + spread * 0.02 * torch.randn(16, generator=draws)
+    near = nearest(points, points, 5, CPU, excluded=torch.arange(300))
+    alike = pair_similarity(distances(points, near.index, CPU).sort(1)[0])
+    assert alike == pytest.approx(least, abs=1e-4)
+    pairs = pairs_above(points, alike, CPU, limit=1000)
+    assert (pairs.first.tolist(), pairs.second.tolist()) == ([7], [200])
 
 
 @pytest.mark.parametrize("recipe", ["neighbours", "outliers"])

@@ -20,6 +20,12 @@ MOST_PAIRS = 100_000
 SHOWN = 48
 LISTED = 100
 COMPARED = 512  # pairs whose pixels are compared at once
+# Where nobody says what a pair is: as near as this part of the median distance to the nearest neighbour, because a
+# model that has learnt classes draws all of one together. On 1,797 digits, none of which is there twice, after twelve
+# epochs of SimCLR (seed 0): 24 pairs, and 449 from a cosine of 0.98. Of 100 copies with noise of 2 %, or with 7 % less
+# light, all were pairs.
+NEARER = 0.4
+LEAST, MOST = 0.98, 0.9999  # of that similarity: no pair is less alike, and a copy may lose as much by rounding
 
 
 class OutliersParams(Params):
@@ -31,9 +37,11 @@ class OutliersParams(Params):
         description="`distance` to the k-th neighbour (Ramaswamy et al. 2000), or `density`: the local outlier factor "
         "(Breunig et al. 2000), for sets whose groups differ in spread.",
     )  # fmt: skip
-    duplicate_similarity: float = Field(
-        default=0.98, ge=0.5, le=0.9999, description="Cosine of centred features from which two samples are a pair."
-    )
+    duplicate_similarity: float | None = Field(
+        default=None, ge=0.5, le=0.9999,
+        description="Cosine of centred features from which two samples are a pair; null is 0.98, or more where half of "
+        "the samples have a neighbour that is nearly so near.",
+    )  # fmt: skip
     splits: Splits = Field(default=None, description="Which splits are looked at together; null is every split.")
 
 
@@ -55,14 +63,15 @@ def apply(context: Context) -> Result:
     far = distances(values, found.index, device, origin)
     far = far.sort(dim=1)[0]  # by cosine they may be a rounding out of order
     scores = far[:, -1] if params.score == "distance" else local_outlier_factor(far, found.index)
+    alike = params.duplicate_similarity or pair_similarity(far)
     pairs = pairs_above(
-        values, params.duplicate_similarity, device, limit=MOST_PAIRS, origin=origin,
+        values, alike, device, limit=MOST_PAIRS, origin=origin,
         tick=lambda done, total: context.tick("pairs", done, total),
     )  # fmt: skip
     exact = _same_pixels(context, samples, pairs)
     _write_tables(context, samples, scores, pairs, exact)
     order = scores.argsort(descending=True, stable=True)
-    report = _report(context, samples, scores, order, pairs, exact)
+    report = _report(context, samples, scores, order, pairs, exact, alike)
     (context.scratch / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     files = {FILE: table.MEDIA_TYPE, PAIRS: table.MEDIA_TYPE, REPORT: "application/json", SHEET: "image/png"}
     shown = context.images(samples.numbers[order[:SHOWN]])
@@ -82,6 +91,11 @@ def apply(context: Context) -> Result:
             "duplicates/leaking_pairs": float(report["duplicates"]["across_splits"]),
         },
     )
+
+
+def pair_similarity(far: Tensor) -> float:
+    """Choose the similarity from which two samples are a pair; `far` [n, k] are distances, the nearest first."""
+    return min(max(LEAST, 1 - (NEARER * far[:, 0].median().item()) ** 2 / 2), MOST)
 
 
 def _same_pixels(context: Context, samples: Samples, pairs: Pairs) -> Tensor:
@@ -121,7 +135,7 @@ def _write_tables(context: Context, samples: Samples, scores: Tensor, pairs: Pai
 
 
 def _report(
-    context: Context, samples: Samples, scores: Tensor, order: Tensor, pairs: Pairs, exact: Tensor
+    context: Context, samples: Samples, scores: Tensor, order: Tensor, pairs: Pairs, exact: Tensor, alike: float
 ) -> dict[str, Any]:
     crossing = samples.split[pairs.first] != samples.split[pairs.second]
     labels = samples.labels[pairs.first], samples.labels[pairs.second]
@@ -141,6 +155,7 @@ def _report(
         "samples": len(samples),
         "outliers": [{**named(row), "score": round(float(scores[row]), 4)} for row in order[:LISTED].tolist()],
         "duplicates": {
+            "from_similarity": round(alike, 5),
             "pairs": pairs.found,
             "exact": int(exact.sum()),
             "across_splits": int(crossing.sum()),
