@@ -11,8 +11,9 @@ from typing import Any, Literal, cast
 from pydantic import Field, ValidationError
 
 from app.domain.errors import Detail
+from app.domain.fit import Network, check
 from app.domain.pointers import followed, pointer, schema_details, validation_details
-from app.domain.recipes import Network, Published, check, unknown
+from app.domain.recipes import Published, unknown
 from app.domain.spec import Spec, Strict
 
 Json = dict[str, Any]

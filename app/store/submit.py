@@ -6,9 +6,10 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, Detail, Invalid, NotFound
+from app.domain.fit import Network, check, warnings
 from app.domain.inner_jobs import check_inner
 from app.domain.jobs import Kind, Status
-from app.domain.recipes import Network, Published, check, refuse, resolve, unknown, warnings
+from app.domain.recipes import Published, refuse, resolve, unknown
 from app.domain.spec import Architecture, Spec
 from app.store import life, models, recipes, tables
 from app.store.ids import new_id

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from app.domain.fit import Network
 from app.domain.inner_jobs import Part, check_inner, find
-from app.domain.recipes import Network, Published, resolve
-from tests.domain.test_recipes import ARCHITECTURES, body, facts
+from app.domain.recipes import Published, resolve
+from tests.domain.bodies import ARCHITECTURES, body, facts
 
 pytestmark = pytest.mark.unit
 

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from app.domain.errors import Invalid
+from app.domain.fit import warnings
 from app.domain.presets import laid_under
-from app.domain.recipes import resolve, warnings
+from app.domain.recipes import resolve
 from app.domain.spec import Spec
-from tests.domain.test_recipes import ARCHITECTURES, body, facts, recipe
+from tests.domain.bodies import ARCHITECTURES, body, facts, recipe
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
-from app.domain.recipes import Network, Published, check
+from app.domain.fit import Network, check
+from app.domain.recipes import Published
 from app.domain.spec import Spec
 from tests.worker import sets
 from worker import catalogue

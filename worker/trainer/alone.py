@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from app.domain import fit
 from app.domain import recipes as rules
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import Invalid, JobFault, UserFault
@@ -130,12 +131,12 @@ def check(
         spec = rules.resolve({**body, **start, "dataset": DATASET}, recipe, facts)
         network = None
         if isinstance(spec.model, Architecture):
-            network = rules.Network(spec.model.model_dump(mode="json"), facts[spec.model.architecture])
+            network = fit.Network(spec.model.model_dump(mode="json"), facts[spec.model.architecture])
         elif model is not None:
             options = {**model.architecture, "image_size": model.image_size}
-            network = rules.Network(options, facts[options["architecture"]], by_reference=True)
+            network = fit.Network(options, facts[options["architecture"]], by_reference=True)
         rows = cast("dict[str, Any] | None", dataset.model_dump(mode="json") if dataset is not None else None)
-        details = [*rules.check(spec, recipe, network, rows), *check_inner(spec, recipe, known, network, rows)]
+        details = [*fit.check(spec, recipe, network, rows), *check_inner(spec, recipe, known, network, rows)]
         if details:
             raise rules.refuse(details)
     except Invalid as refused:
