@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from tests import pictures
 from worker.ingest import ingest_folder
 from worker.parts.decode import decode
 from worker.report import Limits, MadeDataset
@@ -15,6 +16,18 @@ ROOMY = Limits(max_entries=1000, max_entry_bytes=2**26, max_unpacked_bytes=2**27
 def ingest(path: Path, tmp_path: Path, **options: object) -> MadeDataset:
     """Ingest an upload with limits that nothing here meets."""
     return ingest_folder(path, tmp_path / "scratch", limits=ROOMY, threads=1, **options)  # type: ignore[arg-type]
+
+
+def jailed(path: Path, tmp_path: Path, **options: object) -> MadeDataset:
+    """Ingest into a scratch folder that lies alone in `tmp_path/jail`, and see that nothing else was written."""
+    before = set(tmp_path.rglob("*"))
+    jail = tmp_path / "jail"
+    try:
+        return ingest_folder(path, jail, limits=pictures.LIMITS, threads=1, **options)  # type: ignore[arg-type]
+    finally:
+        outside = {found for found in tmp_path.rglob("*") if jail not in (found, *found.parents)} - before
+        assert not outside, "something was written outside of scratch"
+        assert not [found for found in jail.rglob("*") if found.is_symlink()]
 
 
 def table(made: MadeDataset, split: str) -> pa.Table:
