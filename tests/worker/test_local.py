@@ -1,12 +1,14 @@
 """A run with no server: what the API would refuse is refused here in the same words, most of it before data is read."""
 
 import argparse
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.domain.errors import UserFault
 from tests.worker import sets
 from worker.trainer import local
 
@@ -84,3 +86,30 @@ def test_what_the_data_cannot_give_is_refused_before_training(
     for number in range(3):
         (images / f"{number}.png").write_bytes(sets.encoded(sets.digits()["train"][0][number]))
     assert refused(spec, images, tmp_path, capsys)["message"].startswith(says)
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"recipe": "\xff"}'], ids=["none", "cut", "list", "bytes"])
+def test_a_body_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserFault, match=str(path)) as caught:
+        local.read_body(path)
+    assert (caught.value.code, caught.value.phase) == ("invalid_spec", "read")
+
+
+def test_a_disk_that_is_full_while_the_data_is_read_is_not_blamed_on_the_body(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local.ingest, "ingest_folder", full)
+    (tmp_path / "spec.json").write_text(json.dumps({"recipe": "simclr", "model": CNN}))
+    given = argparse.Namespace(
+        spec=str(tmp_path / "spec.json"), data=str(tmp_path), out=str(tmp_path / "out"), model=None, cache=None,
+        threads=1, processes=None, device="cpu",
+    )  # fmt: skip
+    assert local.run(given) == 1
+    *_, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (last["error"]["fault"], last["error"]["code"]) == ("resource", "disk_full")

@@ -20,6 +20,7 @@ from worker.ingest.dataset import LIMITS
 from worker.report import BaseModelInput, Failed, Finished, Message, Order, Reporter
 from worker.trainer import alone
 from worker.trainer.process import carry_out
+from worker.trainer.trouble import translated
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,9 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     reporter = Reporter(listener=listener)
     threads = arguments.threads or max(1, torch.get_num_threads() // (arguments.processes or 1))
     try:
-        spec = json.loads(Path(arguments.spec).read_text(encoding="utf-8"))
-        if not isinstance(spec, dict):
-            raise UserFault(f"{arguments.spec} is not a JSON object.", code="invalid_spec")
+        spec = read_body(Path(arguments.spec))
         model = local_model(Path(arguments.model)) if arguments.model else None
         alone.check(spec, None, model.config if model is not None else None)  # before the data is read
         data = scratch / "data"
@@ -52,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     except JobFault as fault:
         reporter.send(Failed(error=fault.failure("ingest")))
         return 1
-    except (OSError, json.JSONDecodeError) as error:
-        reporter.send(Failed(error=UserFault(f"{arguments.spec}: {error}", code="invalid_spec").failure("read")))
+    except OSError as error:
+        reporter.send(Failed(error=translated(error, reporter).failure("ingest")))
         return 1
     order = order.model_copy(update={"processes": arguments.processes})
     finished: list[Finished] = []
@@ -73,6 +72,21 @@ def run(arguments: argparse.Namespace) -> int:
         shutil.copytree(scratch / alone.CHILDREN, out / alone.CHILDREN, dirs_exist_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
     return code
+
+
+def read_body(path: Path) -> dict[str, Any]:
+    """Read the body of a job from a file.
+
+    Raises:
+        UserFault: there is no such file, or something else than a JSON object in it.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserFault(f"{path}: {error}", code="invalid_spec", phase="read") from error
+    if not isinstance(body, dict):
+        raise UserFault(f"{path} is not a JSON object.", code="invalid_spec", phase="read")
+    return body
 
 
 @contextlib.contextmanager
