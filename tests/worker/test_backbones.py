@@ -16,7 +16,7 @@ from worker.parts.backbones import (
     stage_modules,
     stages,
 )
-from worker.parts.families import pool_by_products
+from worker.parts.exact_pool import pool_by_products
 from worker.parts.stock_networks import meta_parameters
 
 pytestmark = pytest.mark.worker

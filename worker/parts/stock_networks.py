@@ -12,7 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from app.domain.errors import UserFault
-from worker.parts.families import AUXILIARY, FAMILIES, Change, ExactPool, Family
+from worker.parts.exact_pool import ExactPool
+from worker.parts.families import AUXILIARY, FAMILIES, Change, Family
 from worker.parts.small_networks import check_keep, marked, own_options, refuse_weights
 from worker.parts.weights import differences, pretrained_state
 
