@@ -2,11 +2,9 @@
 
 import inspect
 import sys
-from collections.abc import Callable
 
 import pytest
-from sqlalchemy import Engine, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, Failure
@@ -14,10 +12,10 @@ from app.domain.jobs import Actor, Status, Wanted
 from app.store import events, life, tables
 from app.store.session import transaction
 from tests.factories import make_dataset, make_job, make_model, make_project
+from tests.store.moving import LEASE, RUN, act, log, look, move
 
 pytestmark = pytest.mark.store
 
-LEASE = life.Lease("worker", 30, "message")
 FAILURE = Failure(fault="data", code="invalid_data", message="Row 3 is not an image.")
 
 
@@ -31,46 +29,6 @@ def project(engine: Engine) -> tables.Project:
 def job(engine: Engine, project: tables.Project) -> tables.Job:
     with transaction(engine) as session:
         return make_job(session, project)
-
-
-def move(engine: Engine, job: tables.Job, *way: Status, failure: Failure | None = None) -> list[tuple[str, bool]]:
-    """Move a job along a way, each step as whoever may make it; give the jobs to wake."""
-
-    def go(session: Session, fresh: tables.Job) -> None:
-        for after in way:
-            actor = Actor.WORKER
-            if after is Status.STARTING:
-                actor = Actor.CLAIM
-            elif fresh.status not in ("starting", "running"):
-                actor = Actor.API
-            lease = LEASE if after is Status.STARTING else None
-            life.move(session, fresh, after, actor=actor, lease=lease, failure=failure)
-
-    return act(engine, job, go)[1]
-
-
-def act(
-    engine: Engine, job: tables.Job, step: Callable[[Session, tables.Job], object] | None = None
-) -> tuple[tables.Job, list[tuple[str, bool]]]:
-    """Do one step on the locked job in one transaction; give the job and the jobs to wake."""
-    with transaction(engine) as session:
-        found = life.lock(session, job.id)
-        assert found is not None
-        if step is not None:
-            step(session, found)
-        return found, session.info.get("wake", [])
-
-
-def look(engine: Engine, job: tables.Job) -> tables.Job:
-    return act(engine, job)[0]
-
-
-def log(engine: Engine, job: tables.Job) -> list[tables.Event]:
-    with transaction(engine) as session:
-        return list(events.after(session, job.id, 0, 1000))
-
-
-RUN = (Status.STARTING, Status.RUNNING)
 
 
 class TestInsert:
@@ -298,44 +256,6 @@ class TestInternalJobs:
         move(engine, job, *RUN, Status.SUCCEEDED)
         with transaction(engine) as session:
             assert session.get_one(tables.Dataset, dataset.id).status == "ready"
-
-
-class TestConstraints:
-    """What the database itself refuses, whatever the code does."""
-
-    def _refused(self, engine: Engine, job: tables.Job, sql: str) -> None:
-        with pytest.raises(IntegrityError), transaction(engine) as session:
-            session.execute(text(sql), {"job": job.id})
-
-    def test_a_held_job_without_a_lease(self, engine: Engine, job: tables.Job) -> None:
-        self._refused(engine, job, "update jobs set status = 'running' where id = :job")
-        move(engine, job, *RUN)
-        self._refused(engine, job, "update jobs set lease_expires_at = null where id = :job")
-
-    def test_a_second_open_attempt(self, engine: Engine, job: tables.Job) -> None:
-        move(engine, job, *RUN)
-        self._refused(
-            engine, job,
-            "insert into attempts (job_id, attempt, worker, source, opened_at) values (:job, 2, 'w', 'poll', 1)",
-        )  # fmt: skip
-
-    def test_a_second_end(self, engine: Engine, job: tables.Job) -> None:
-        move(engine, job, Status.CANCELLED)
-        with pytest.raises(IntegrityError):
-            act(
-                engine,
-                job,
-                lambda session, fresh: events.append(session, fresh, type="done", code="again", message="again"),
-            )
-
-    def test_the_same_number_twice(self, engine: Engine, job: tables.Job) -> None:
-        def step(session: Session, fresh: tables.Job) -> None:
-            fresh.last_event = 0
-            session.flush()
-            events.append(session, fresh, type="log", code="x", message="x")
-
-        with pytest.raises(IntegrityError):
-            act(engine, job, step)
 
 
 def test_the_log_is_read_in_pages(engine: Engine, job: tables.Job) -> None:
