@@ -25,7 +25,6 @@ Json = dict[str, Any]
 
 # What a recipe that uses a model takes of `training`: how a forward pass computes, and what is drawn.
 _OF_A_PASS = frozenset({"batch_size", "precision", "memory_format", "deterministic", "seed"})
-_UNREAD = "it would change nothing, and what this job can be told stands in params"
 
 
 @cache
@@ -84,12 +83,12 @@ def row(found: Recipe) -> Json:
 
 
 def requires(found: Recipe) -> Json:
-    """Give what a recipe needs as it is published; one that uses a model needs what only training reads left out."""
+    """Give what a recipe needs as it is published, and what one that uses a model does not read."""
     needs = found.requires
     if found.apply is not None:
-        unread = [f"training.{name}" for name in Training.model_fields if name not in _OF_A_PASS]
-        unread.append("data.validation_fraction")
-        needs = replace(needs, without={**dict.fromkeys(unread, _UNREAD), **needs.without})
+        unread = (*(f"training.{name}" for name in Training.model_fields), "data.validation_fraction")
+        passed = {*(f"training.{name}" for name in _OF_A_PASS), *needs.without}
+        needs = replace(needs, unread=tuple(name for name in unread if name not in passed))
     return asdict(needs) | {"plans": found.plan is not None, "gives_model": found.gives_model}
 
 

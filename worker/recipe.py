@@ -82,6 +82,7 @@ class Requires:
     where: Mapping[str, Mapping[str, Mapping[str, int | bool]]] = field(default_factory=dict)
     # Fields of the body that stay at their defaults, and why: {"training.early_stopping": "all train equally long"}.
     without: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()  # fields that change nothing, which a job is warned of
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,22 @@ def unmet(requires: Mapping[str, Any], params: Mapping[str, Any], splits: Counts
 
 def not_given(requires: Mapping[str, Any], spec: Spec, recipe: str) -> Iterable[Detail]:
     """Find the fields that a recipe wants left at their defaults."""
+    without = cast(Mapping[str, str], requires.get("without", {}))
+    for field in _changed(without, spec):
+        yield Detail(pointer=pointer(field.split(".")), message=f"Leave this out for {recipe}: {without[field]}.")
+
+
+def unread(requires: Mapping[str, Any], spec: Spec) -> list[str]:
+    """Give the fields that were set though the recipe does not read them."""
+    return list(_changed(requires.get("unread", ()), spec))
+
+
+def _changed(fields: Iterable[str], spec: Spec) -> Iterable[str]:
     given = spec.model_dump()
-    for field, why in cast(Mapping[str, str], requires.get("without", {})).items():
+    for field in fields:
         section, name = field.split(".")
         if given[section][name] != Spec.model_fields[section].default.model_dump()[name]:
-            yield Detail(pointer=pointer((section, name)), message=f"Leave this out for {recipe}: {why}.")
+            yield field
 
 
 def _numbers(names: Iterable[str], params: Mapping[str, Any]) -> Iterable[tuple[str, int]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from app.domain.chosen import too_many, unmet
+from app.domain.chosen import too_many, unmet, unread
 from app.domain.errors import Detail
 from app.domain.pointers import pointer
 from app.domain.recipes import TRAINS, Published
@@ -168,9 +168,9 @@ def _check_trainable(spec: Spec, network: Network) -> Iterable[Detail]:
         )
 
 
-def warnings(spec: Spec, dataset: Mapping[str, Any] | None) -> list[str]:
+def warnings(spec: Spec, recipe: Published, dataset: Mapping[str, Any] | None) -> list[str]:
     """Name what will work, but hardly as meant."""
-    found: list[str] = []
+    found = [f"{field} changes nothing: {recipe.name} does not read it." for field in unread(recipe.requires, spec)]
     samples = int(dataset["splits"].get("train", 0)) if dataset else None
     batch = spec.training.batch_size
     if spec.resources.device == "cpu" and spec.resources.gpus > 1:

@@ -147,7 +147,7 @@ def create(
     submission = submit.prepare(session, principal.project_id, body)
     make = submission.job if dry_run == "false" else submission.measuring_job
     row = make(principal.project_id, max_attempts=settings.max_attempts)
-    jobs.insert(session, row, max_queued_jobs=settings.max_queued_jobs)
+    jobs.insert(session, row, warnings=submission.warnings, max_queued_jobs=settings.max_queued_jobs)
     status = 201 if dry_run == "false" else 202
     response.status_code = status
     return once.answer(_one(session, row, settings), location=f"/v1/jobs/{row.id}", status=status)

@@ -133,8 +133,10 @@ def _fits(job: tables.Job, gpus: int) -> bool:
     return not needs_gpus or gpus >= job.gpus
 
 
-def insert(session: Session, job: tables.Job, *, max_queued_jobs: int) -> None:
+def insert(session: Session, job: tables.Job, *, max_queued_jobs: int, warnings: Iterable[str] = ()) -> None:
     """Insert a job, unless its project has as many unfinished ones as it may; calls of one project take turns.
+
+    Its log begins with the warnings.
 
     Raises:
         TooManyRequests: the project's queue is full.
@@ -152,6 +154,8 @@ def insert(session: Session, job: tables.Job, *, max_queued_jobs: int) -> None:
             code="too_many_jobs", retry_after=30,
         )  # fmt: skip
     life.insert(session, job)
+    for warning in warnings:
+        events.append(session, job, type="log", code="spec.doubtful", level="warning", message=warning)
 
 
 def request(session: Session, project_id: str, job_id: str, verb: Verb) -> tables.Job:

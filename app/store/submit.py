@@ -90,7 +90,7 @@ def prepare(session: Session, project_id: str, body: Json) -> Submission:
     if spec.name is None:
         name = f"{recipe.name}-{dataset.name}" if dataset else recipe.name
         spec = spec.model_copy(update={"name": name[:200]})
-    return Submission(spec, recipe, dataset, base_model, wait_for, tuple(warnings(spec, facts)))
+    return Submission(spec, recipe, dataset, base_model, wait_for, tuple(warnings(spec, recipe, facts)))
 
 
 def _recipe(session: Session, body: Json, published: recipes.Recipes) -> Published:

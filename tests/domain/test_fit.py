@@ -114,13 +114,16 @@ def test_warnings_name_what_will_hardly_work_as_meant() -> None:
             data={"labels_per_class": 80, "validation_fraction": 0},
         )
     )
-    batch, labels, stopping = warnings(spec, facts())
+    batch, labels, stopping = warnings(spec, recipe(), facts())
     assert "only 100 training samples" in batch
     assert "160 labels" in labels
     assert "nothing to look at" in stopping
-    (unused,) = warnings(Spec.model_validate(body(resources={"device": "cpu", "gpus": 2})), facts())
+    (unused,) = warnings(Spec.model_validate(body(resources={"device": "cpu", "gpus": 2})), recipe(), facts())
     assert "no GPU is used" in unused
-    assert warnings(Spec.model_validate(body()), facts()) == []
+    unread = recipe(requires={"unread": ("training.epochs", "training.seed")})
+    (epochs,) = warnings(Spec.model_validate(body(training={"epochs": 3})), unread, facts())
+    assert epochs.startswith("training.epochs changes nothing")
+    assert warnings(Spec.model_validate(body()), recipe(), facts()) == []
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_name_that_is_none_is_refused_by_the_schema() -> None:
 def test_too_few_samples_for_its_epochs_are_warned_of() -> None:
     spec = Spec.model_validate(body(training={"preset": "fast", "epochs": 4}))
     few, many = (facts(splits={"train": count}) for count in (160, 50_000))
-    (warning,) = warnings(spec, few)
+    (warning,) = warnings(spec, recipe(), few)
     assert "try training.epochs 250" in warning
-    assert warnings(spec, many) == []
-    assert warnings(Spec.model_validate(body()), few) == []
+    assert warnings(spec, recipe(), many) == []
+    assert warnings(Spec.model_validate(body()), recipe(), few) == []

@@ -96,6 +96,15 @@ def test_a_dry_run_keeps_nothing(client: httpx.Client, dataset: str) -> None:
     assert_error(refused, 422)
 
 
+def test_the_log_begins_with_the_warnings_of_a_dry_run(client: httpx.Client, dataset: str) -> None:
+    asked = body(dataset, training={"batch_size": 64})
+    said = client.post("/v1/jobs", params={"dry_run": "true"}, json=asked).json()["warnings"][0]
+    job = client.post("/v1/jobs", json=asked).json()
+    began, warned = client.get(f"/v1/jobs/{job['id']}/events").json()["data"]
+    assert (began["type"], warned["code"], warned["level"]) == ("status", "spec.doubtful", "warning")
+    assert warned["message"] == said
+
+
 def test_a_measured_dry_run_is_an_internal_job(client: httpx.Client, dataset: str) -> None:
     answer = client.post(
         "/v1/jobs", params={"dry_run": "measure"}, json=body(dataset), headers={"Idempotency-Key": "measure"}

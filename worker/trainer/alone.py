@@ -145,6 +145,11 @@ def check(
     return spec
 
 
+def doubts(spec: Spec, dataset: DatasetFacts) -> list[str]:
+    """Name what will work, but hardly as meant, as the log of a job with a server begins."""
+    return fit.warnings(spec, _Known()[spec.recipe], dataset.model_dump(mode="json"))
+
+
 class _Known(Mapping[str, Published]):
     """The recipes of this worker as it publishes them, each made when it is asked for."""
 

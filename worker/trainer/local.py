@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
         else:
             dataset = ingest.ingest_folder(arguments.data, data, reporter=reporter, threads=threads)
-        alone.check(spec, dataset.facts, model.config if model is not None else None)
+        checked = alone.check(spec, dataset.facts, model.config if model is not None else None)
+        for doubt in alone.doubts(checked, dataset.facts):
+            reporter.event("spec.doubtful", doubt, level="warning")
         order = local_order(spec, dataset.facts, scratch, cache, threads=threads, device=arguments.device, model=model)
     except JobFault as fault:
         reporter.send(Failed(error=fault.failure("ingest")))
