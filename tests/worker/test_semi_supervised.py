@@ -21,7 +21,6 @@ from worker.data.order import draw_order
 from worker.data.source import Data, Part
 from worker.finetune import semi_supervised
 from worker.finetune.semi_supervised import SemiSupervisedParams, Turns
-from worker.parts.window import Window
 from worker.recipe import Batch, Info, Params, Progress, Recipe
 from worker.report import Failed, Finished, Message, Saved
 from worker.trainer.assembly import Assembly
@@ -243,15 +242,6 @@ def test_a_killed_run_of_two_kinds_of_steps_resumes_exactly(digits: DatasetFacts
     assert isinstance(again, Finished)
     assert sets.weights_sha256(resumed) == sets.weights_sha256(whole)
     assert again.metrics == last.metrics
-
-
-def test_a_window_takes_steps_of_different_kinds() -> None:
-    window = Window(4)
-    for losses in ({"loss": 1.0, "accuracy": 0.5}, {"loss": 2.0, "spread": 3.0}, {"loss": 6.0, "accuracy": 1.0}):
-        window.add({name: torch.tensor(value) for name, value in losses.items()}, share=1.0)
-        window.close_step()
-    assert window.means("") == {"loss": 3.0, "accuracy": 0.75, "spread": 3.0}
-    assert window.first_not_finite() is None
 
 
 def accuracies(body: dict[str, Any], facts: DatasetFacts, folder: Path) -> np.ndarray:

@@ -41,7 +41,8 @@ class Window:
         """Widen what was kept by the names that are new."""
         if new := sorted(losses.keys() - set(self.names)):
             self.names = [*self.names, *new]
-            self._rows = [torch.nn.functional.pad(row, (0, len(new)), value=math.nan) for row in self._rows]
+            self._rows = [_widened(row, len(new)) for row in self._rows]
+            self._open = None if self._open is None else _widened(self._open, len(new))
 
     def close_step(self) -> None:
         """End the step that is under way."""
@@ -92,3 +93,7 @@ class Window:
         """Begin anew."""
         self._rows.clear()
         self._shared = 0
+
+
+def _widened(row: Tensor, names: int) -> Tensor:
+    return torch.nn.functional.pad(row, (0, names), value=math.nan)
