@@ -50,6 +50,7 @@ def test_few_samples_get_small_batches_and_still_several_steps(samples: int, bat
     plan = resolve(replace(CIFAR, samples=samples))
     assert plan.batch_size == batch
     assert plan.steps_per_epoch == samples // batch
+    assert ("make few steps" in plan.reasons["batch_size"]) == (samples < 128)
 
 
 @pytest.mark.parametrize("couples", [False, True])

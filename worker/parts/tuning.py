@@ -88,8 +88,9 @@ def batch_size(work: Workload, hardware: Hardware) -> tuple[int, str]:
     many_steps = 2 ** int(math.log2(max(work.samples // work.epoch_steps, 1)))
     chosen = min(max(min(table, many_steps), least), work.samples)
     why = f"{table} suits {side}-pixel images on {hardware.device}"
-    if chosen != table:
-        why += f"; {work.samples} samples give steps enough at {chosen}"
+    if chosen < table:
+        enough = "give steps enough at" if chosen <= many_steps else "make few steps, but a batch has at least"
+        why += f"; {work.samples} samples {enough} {chosen}"
     return chosen, why
 
 
