@@ -173,8 +173,6 @@ class Objective(Protocol):
     labelled_part(step) -> 0 to 1    the part of that step's batch that is drawn from rows with a label; the others come
                                      from those without. At 0 all rows are drawn alike, and the batch has no "label"
     compiled_parts                   modules to compile where the plan says so; without it the backbone alone
-    epoch_steps                      int: where the batch size is left open, an epoch of few samples gets at least so
-                                     many steps; 8 without it. For what learns by the step rather than by the sample
     step_passes                      float: what a step costs, in forward passes of the backbone over its samples; 3
                                      without it. Probes come as seldom as keeps them under 3 % of that
     idle_parameters                  whether some trainable parameters get no gradient in some steps, which several

@@ -54,12 +54,12 @@ def test_few_samples_get_small_batches_and_still_several_steps(samples: int, bat
 
 
 @pytest.mark.parametrize("couples", [False, True])
-@pytest.mark.parametrize(("samples", "batch"), [(600, 32), (1297, 32), (10_000, 64), (33_000, 256)])
-def test_what_learns_by_the_step_gets_more_of_them(samples: int, batch: int, couples: bool) -> None:
-    work = replace(CIFAR, kind="pretrain", samples=samples, epoch_steps=128, couples_batch=couples)
-    assert resolve(work).batch_size == batch
+@pytest.mark.parametrize(("samples", "batch"), [(600, 32), (1297, 32), (10_000, 64), (20_000, 128), (33_000, 256)])
+def test_pretraining_gets_more_steps_of_as_few_samples(samples: int, batch: int, couples: bool) -> None:
+    work = replace(CIFAR, kind="pretrain", samples=samples, couples_batch=couples)
+    assert resolve(work).batch_size == (max(batch, 64) if couples else batch)
     assert resolve(work, batch_size=200).batch_size == 200
-    assert resolve(replace(work, epoch_steps=8)).batch_size > batch or batch == 256
+    assert resolve(replace(work, kind="finetune")).batch_size > batch or batch == 256
 
 
 def test_steps_take_the_place_of_epochs() -> None:

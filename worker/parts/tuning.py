@@ -55,6 +55,9 @@ class Plan(BaseModel):
 
 
 EPOCH_STEPS = 8  # of an epoch at least, where the batch size is ours to choose
+# Without labels more is to be learnt from as few images: every method read better after equal seconds in more, smaller
+# steps (10,000 CIFAR-10 images, small_cnn, 45 s: SimCLR 40 -> 43 % k-NN, VICReg 31 -> 44).
+PRETRAINING_EPOCH_STEPS = 128
 STEP_PASSES = 3.0  # forward passes that a step takes: one, and twice that backward
 
 
@@ -69,7 +72,6 @@ class Workload:
     samples: int
     couples_batch: bool = False
     min_batch: int = 1
-    epoch_steps: int = EPOCH_STEPS  # see Objective
     step_passes: float = STEP_PASSES  # see Objective
     pretrained: bool = False  # starts from weights that are worth keeping
 
@@ -82,10 +84,11 @@ def batch_size(work: Workload, hardware: Hardware) -> tuple[int, str]:
         table *= 4
     if work.couples_batch:
         table *= 2  # contrast needs many samples beside each other
-    # Contrast needs some samples beside each other; batch statistics alone are well enough off with half as many.
-    few = 32 if work.epoch_steps > EPOCH_STEPS else 64 if work.couples_batch else 16
-    least = max(work.min_batch, few)
-    many_steps = 2 ** int(math.log2(max(work.samples // work.epoch_steps, 1)))
+    # Contrast needs some samples beside each other; batch statistics alone are well enough off with fewer.
+    pretrains = work.kind == "pretrain"
+    least = max(work.min_batch, 64 if work.couples_batch else 32 if pretrains else 16)
+    steps = PRETRAINING_EPOCH_STEPS if pretrains else EPOCH_STEPS
+    many_steps = 2 ** int(math.log2(max(work.samples // steps, 1)))
     chosen = min(max(min(table, many_steps), least), work.samples)
     why = f"{table} suits {side}-pixel images on {hardware.device}"
     if chosen < table:

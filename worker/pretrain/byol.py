@@ -51,7 +51,6 @@ class Byol(nn.Module):
     """A backbone with BYOL's projector and predictor, and the teacher; all but the backbone is thrown away."""
 
     couples_batch = True  # through batch norm, without which it does not work
-    epoch_steps = 128  # the teacher follows step by step
     least_spread = LEAST_SPREAD
 
     def __init__(self, params: ByolParams, backbone: nn.Module, info: Info) -> None:

@@ -127,8 +127,6 @@ def cross_entropies(student: Tensor, teacher: Tensor) -> Tensor:
 class Dino(nn.Module):
     """A backbone with DINO's head, the teacher and its centre; all but the backbone is thrown away."""
 
-    epoch_steps = 128  # the teacher follows step by step
-
     def __init__(self, params: DinoParams, backbone: nn.Module, info: Info) -> None:
         super().__init__()
         self.backbone, self._params = backbone, params

@@ -91,7 +91,6 @@ class Gan(nn.Module):
     """Backbone and head are the discriminator; beside them the generator and the average of its weights."""
 
     couples_batch = False
-    epoch_steps = 128  # two networks that answer each other step by step
     opponents = {"discriminator": ("backbone", "classifier"), "generator": ("generator",)}  # noqa: RUF012
 
     def __init__(self, params: GanParams, backbone: nn.Module, info: Info) -> None:

@@ -51,7 +51,6 @@ class Mae(nn.Module):
     """A ViT and the decoder, which is thrown away afterwards."""
 
     couples_batch = False
-    epoch_steps = 128  # few images for so hard a task: small batches learnt more in equal time
     step_passes = 2.0  # measured with small_vit: the backbone sees a quarter of the patches, the decoder is light
 
     def __init__(self, params: MaeParams, backbone: nn.Module, info: Info) -> None:

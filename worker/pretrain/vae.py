@@ -66,7 +66,6 @@ class Vae(nn.Module):
     """Backbone, the two heads of q(z|x), and the decoder of p(x|z), under the negative bound."""
 
     couples_batch = False
-    epoch_steps = 128  # few images for so hard a task: small batches learnt more in equal time
 
     def __init__(self, params: VaeParams, backbone: nn.Module, info: Info) -> None:
         super().__init__()

@@ -116,7 +116,6 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
             tuning.Workload(
                 kind=recipe.kind, family=family, image_size=size, channels=channels,
                 samples=len(data.train), couples_batch=bool(objective.couples_batch),
-                epoch_steps=getattr(objective, "epoch_steps", tuning.EPOCH_STEPS),
                 step_passes=getattr(objective, "step_passes", tuning.STEP_PASSES),
                 min_batch=recipe.requires.min_batch,
                 pretrained=network.pretrained,
