@@ -19,6 +19,7 @@ from app.domain.errors import ResourceFault, SystemFault
 from app.domain.spec import Spec
 from tests.worker import sets
 from worker import checkpoint
+from worker.data.encoded import Encoded
 from worker.report import Event, Order, Planned, Saved
 from worker.trainer import assembly, devices, training
 
@@ -254,6 +255,16 @@ def test_a_shard_that_changes_while_it_is_streamed_is_named(damage: str, own: Da
     assert (last.error.fault, last.error.code) == ("system", "dataset_changed")
     assert NAME in last.error.message
     assert "data.streaming" in heard.codes()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_shard_that_changes_between_two_looks_is_named_before_it_is_decoded(
+    damage: str, own: DatasetFacts, tmp_path: Path
+) -> None:
+    encoded = Encoded(own, "train")
+    DAMAGES[damage](tmp_path / "set" / NAME)
+    with pytest.raises(SystemFault, match=NAME):  # and no fatal signal, as from a map of what is no more there
+        encoded.read(range(len(encoded)))
 
 
 def test_a_shard_that_was_only_touched_is_looked_at_again_and_used(own: DatasetFacts, tmp_path: Path) -> None:

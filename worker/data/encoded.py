@@ -4,6 +4,8 @@ Every image is resized to a square (bilinear, antialiased) with torchvision's ow
 card repeat it. Nothing is cut off: what lies at the edge of a picture may be its subject.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -17,7 +19,9 @@ from worker.parts.decode import Undecodable, decode
 
 
 class Encoded:
-    """The encoded bytes of one split: Arrow shards mapped into memory, read by row.
+    """The encoded bytes of one split, read by row from its Arrow shards.
+
+    They are read from the file and not from a memory map, which ends in a fatal signal when the file is cut short.
 
     Raises:
         SystemFault: a shard is not what ingest wrote.
@@ -26,54 +30,69 @@ class Encoded:
     def __init__(self, facts: DatasetFacts, split: str) -> None:
         self.split, self.bits = split, facts.bits
         self._staged: list[Staged] = []
-        columns: list[pa.ChunkedArray] = []
-        labels: list[np.ndarray] = []
+        self._files = list[pa.OSFile]()
+        self._paths = list[pa.Array]()
+        places, labels = list[np.ndarray](), list[np.ndarray]()
         for shard in sorted((s for s in facts.shards if s.split == split), key=lambda s: s.index):
             staged = Staged(shard, facts.id)
             staged.check()
             self._staged.append(staged)
-            table = pa.ipc.open_stream(pa.memory_map(staged.path)).read_all()
-            columns.append(table["image"])
+            mapped = pa.memory_map(staged.path).read_buffer()
+            table = pa.ipc.open_stream(mapped).read_all()
+            for chunk in table["image"].chunks:
+                if not len(chunk):
+                    continue
+                places.append(_places(chunk.field("bytes"), mapped.address, number=len(self._files)))
+                self._paths.append(chunk.field("path"))
+            self._files.append(pa.OSFile(staged.path))
             if "label" in table.column_names:
                 labels.append(table["label"].fill_null(-1).to_numpy().astype(np.int64))
             else:
                 labels.append(np.full(len(table), -1, np.int64))
-        chunks = [chunk for column in columns for chunk in column.chunks]
-        self._bytes = [chunk.field("bytes") for chunk in chunks]
-        self._paths = [chunk.field("path") for chunk in chunks]
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in places)])
+        self._places = np.concatenate(places) if places else np.empty((0, 3), np.int64)
         self.labels = torch.from_numpy(np.concatenate(labels)) if labels else torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def check(self) -> None:
-        """Make sure that the shards are still what ingest wrote; asked before every batch and after the last.
+    def read(self, rows: Iterable[int]) -> list[bytes]:
+        """Read rows, and make sure afterwards that the shards are still what ingest wrote.
+
+        In this order no byte comes to a decoder that ingest has not vetted, whenever the disk changed.
 
         Raises:
-            SystemFault: one is not.
+            SystemFault: a shard is not what it was.
         """
+        found = [self._files[file].read_at(length, at) for file, at, length in self._places[list(rows)].tolist()]
         for staged in self._staged:
             staged.check()
+        return found
 
-    def decoded(self, row: int, channels: int, size: int) -> Tensor:
-        """Decode one row to uint8 or uint16 [channels, size, size].
+    def decoded(self, row: int, data: bytes, channels: int, size: int) -> Tensor:
+        """Decode what was read of a row to uint8 or uint16 [channels, size, size].
 
         Raises:
             DataFault: it cannot be decoded; the message names the file and the row.
         """
-        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        place = row - int(self._starts[chunk])
         try:
-            # Arrow calls its bytes signed; the decoder compares them with 0xFF.
-            data = memoryview(self._bytes[chunk][place].as_buffer()).cast("B")
             return (fit_wide if self.bits == 16 else fit)(decode(data), channels, size)
         except Undecodable as error:
-            name = self._paths[chunk][place].as_py()
+            chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+            name = self._paths[chunk][row - int(self._starts[chunk])].as_py()
             raise DataFault(
                 f"{name or 'An image'} ({self.split} row {row}) cannot be decoded: {error}.", code="undecodable_image",
                 hint="Upload the dataset again without it.",
             ) from error  # fmt: skip
+
+
+def _places(chunk: pa.Array, start: int, *, number: int) -> np.ndarray:
+    """Say where an array of bytes lies in the file mapped at `start`: int64 [rows, 3], of file, place and length."""
+    _, offsets, values = chunk.buffers()
+    wide = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+    bounds = np.frombuffer(offsets, wide)[chunk.offset : chunk.offset + len(chunk) + 1].astype(np.int64)
+    files = np.full(len(chunk), number, np.int64)
+    return np.stack([files, bounds[:-1] + (values.address - start), np.diff(bounds)], 1)
 
 
 def fit(image: Tensor, channels: int, size: int) -> Tensor:

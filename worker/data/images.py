@@ -76,11 +76,12 @@ class Streamed:
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """Decode the rows of these numbers."""
         channels, size = self.shape
-        self.encoded.check()
-        made = list(self.pool.map(lambda row: self.encoded.decoded(row, channels, size), rows.tolist()))
+        numbers = rows.tolist()
+        read = self.encoded.read(numbers)
+        made = list(self.pool.map(lambda row, data: self.encoded.decoded(row, data, channels, size), numbers, read))
         images = _as_kept(torch.stack([_movable(image) for image in made]), made[0])
-        numbers = {"index": rows + self.first, "epoch": torch.full_like(rows, epoch)}
-        return {"image": images, "label": self.labels[rows], **numbers}
+        index, epochs = rows + self.first, torch.full_like(rows, epoch)
+        return {"image": images, "label": self.labels[rows], "index": index, "epoch": epochs}
 
 
 def _movable(pixels: Tensor) -> Tensor:
@@ -168,17 +169,15 @@ def _decode_all(encoded: Encoded, folder: Path, channels: int, size: int, thread
     total, squares = torch.zeros(2, channels, dtype=torch.float64)
 
     def chunk(start: int) -> tuple[Tensor, Tensor]:
-        encoded.check()
         part = pixels[start : start + CHUNK]
-        for offset in range(len(part)):
-            part[offset] = encoded.decoded(start + offset, channels, size)
+        for offset, data in enumerate(encoded.read(range(start, start + len(part)))):
+            part[offset] = encoded.decoded(start + offset, data, channels, size)
         return _moments(part)
 
     with _pool(threads) as pool:
         for number, (sums, squared) in enumerate(pool.map(chunk, range(0, rows, CHUNK))):
             total, squares = total + sums, squares + squared
             tick(min((number + 1) * CHUNK, rows), rows)
-    encoded.check()
     (folder / "labels").write_bytes(encoded.labels.numpy().tobytes())  # `tofile` hides why it fails
     mean, std = _normalisation(total, squares, rows * size * size, encoded.bits)
     (folder / "about.json").write_text(json.dumps({"mean": mean, "std": std}))
@@ -190,7 +189,12 @@ def _stream(facts: DatasetFacts, split: str, first: int, channels: int, size: in
     # Every n-th image is enough for a mean; the same ones each time.
     some = range(0, len(encoded), max(1, len(encoded) // 2048))
     total, squares = torch.zeros(2, channels, dtype=torch.float64)
-    for sums, squared in pool.map(lambda row: _moments(encoded.decoded(row, channels, size)[None]), some):
+
+    def moments(row: int) -> tuple[Tensor, Tensor]:
+        (data,) = encoded.read([row])
+        return _moments(encoded.decoded(row, data, channels, size)[None])
+
+    for sums, squared in pool.map(moments, some):
         total, squares = total + sums, squares + squared
     mean, std = _normalisation(total, squares, len(some) * size * size, encoded.bits)
     return Streamed(encoded, encoded.labels, first, tuple(mean), tuple(std), key, (channels, size), pool)
