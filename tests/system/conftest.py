@@ -29,3 +29,4 @@ def stack(processes: Stack, request: pytest.FixtureRequest) -> Iterator[Stack]:
     yield processes
     if request.session.testsfailed > failed:
         sys.stderr.write(processes.log()[-20_000:])
+        processes.forget_jobs(running=True)  # what it left would keep the next one waiting

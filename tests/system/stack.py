@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,22 @@ class Stack:
         while len(self.workers) < workers:
             self.start_worker()
 
-    def forget_jobs(self) -> None:
-        """Take what is left of earlier tests out of the queue."""
+    def freeze(self, pids: Iterable[int]) -> None:
+        """Stop processes, none in the middle of a write: it would keep SQLite's lock, and everybody waiting."""
+        with transaction(self.engine) as session:
+            session.execute(update(tables.Job).where(tables.Job.id == "nobody's").values(name=""))  # takes that lock
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+
+    def forget_jobs(self, *, running: bool = False) -> None:
+        """Take what is left of earlier tests out of the queue, and with `running` from the workers, which end."""
+        held = ("starting", "running") if running else ()
+        while running and self.workers:
+            self.stop_worker(self.workers[-1])
         with transaction(self.engine) as session:
             session.execute(
                 update(tables.Job)
-                .where(tables.Job.status.in_(("queued", "waiting", "paused")))
+                .where(tables.Job.status.in_(("queued", "waiting", "paused", *held)))
                 .values(status="cancelled", wanted="cancel")
             )
 

@@ -46,7 +46,7 @@ def strike(stack: Stack, chance: random.Random) -> str:
             case "flush":
                 stack.flush_redis()
             case "freeze":
-                os.kill(worker.pid, signal.SIGSTOP)
+                stack.freeze([worker.pid])
                 time.sleep(chance.uniform(1, 16))
                 os.kill(worker.pid, signal.SIGCONT)
     return what

@@ -98,8 +98,7 @@ def test_a_stopped_supervisor_that_wakes_up_late_writes_nothing(stack: Stack, wh
     (sleeper,) = [worker for worker in stack.workers if worker.trainers()]
     frozen = sleeper.family() if whole_family else [sleeper.pid]
     (trainer,) = sleeper.trainers()
-    for pid in frozen:
-        os.kill(pid, signal.SIGSTOP)
+    stack.freeze(frozen)
     try:
         if whole_family:
             stack.expire(job_id)  # and the sleeper will believe that its lease still runs
