@@ -55,8 +55,8 @@ class Plan(BaseModel):
 
 
 EPOCH_STEPS = 8  # of an epoch at least, where the batch size is ours to choose
-# Without labels more is to be learnt from as few images: every method read better after equal seconds in more, smaller
-# steps (10,000 CIFAR-10 images, small_cnn, 45 s: SimCLR 40 -> 43 % k-NN, VICReg 31 -> 44).
+# Without labels more is to be learnt from as few images: the five methods that had fewer steps all read better in equal
+# seconds with more, smaller ones (10,000 CIFAR-10 images, small_cnn, 45 s: SimCLR 40 -> 43 % k-NN, VICReg 31 -> 44).
 PRETRAINING_EPOCH_STEPS = 128
 STEP_PASSES = 3.0  # forward passes that a step takes: one, and twice that backward
 
