@@ -70,6 +70,8 @@ def _explain(error: Any, also_known: Sequence[str]) -> Iterable[Detail]:
             hint = f" Expected: {meaning}" if meaning else ""
             message = f"{_shown(error.instance)} does not match {error.validator_value}.{hint}"
             yield Detail(pointer=pointer(path), message=message)
+        case "minItems" | "maxItems" | "minLength" | "maxLength":
+            yield Detail(pointer=pointer(path), message=_other_length(error))
         case _:
             yield Detail(pointer=pointer(path), message=f"{_shorten(error.message)}.")
 
@@ -116,6 +118,13 @@ def _kinds(kind: Any) -> str:
     names = [kind] if isinstance(kind, str) else list(kind)
     words = {"integer": "an integer", "object": "an object", "array": "an array", "null": "null"}
     return " or ".join(words.get(name, f"a {name}") for name in names)
+
+
+def _other_length(error: Any) -> str:
+    kind, wanted, given = str(error.validator), int(error.validator_value), len(error.instance)
+    thing = "item" if kind.endswith("Items") else "character"
+    bound = "at least" if kind.startswith("min") else "at most"
+    return f"Give {bound} {wanted} {thing}{'' if wanted == 1 else 's'}, not {given}."
 
 
 def _unknown_field(name: str, known: Sequence[str], also_known: Sequence[str]) -> str:

@@ -22,6 +22,8 @@ SCHEMA: dict[str, Any] = {
             "anyOf": [{"$ref": "#/$defs/Optimizer"}, {"enum": ["sgd", "adamw"], "type": "string"}, {"type": "null"}]
         },
         "nested": {"$ref": "#/$defs/Optimizer"},
+        "methods": {"type": "array", "minItems": 2, "maxItems": 3},
+        "name": {"type": "string", "minLength": 1},
     },
     "$defs": {
         "Optimizer": {
@@ -47,6 +49,9 @@ SCHEMA: dict[str, Any] = {
         ({"optimizer": {"momentun": 0.5}}, "/optimizer/momentun", "did you mean momentum?"),
         ({"optimizer": "adamv"}, "/optimizer", "Did you mean adamw?"),
         ({"batch_size": "big"}, "/batch_size", '"big" is not "auto" or an integer.'),
+        ({"methods": ["simclr"]}, "/methods", "Give at least 2 items, not 1."),
+        ({"methods": [1, 2, 3, 4]}, "/methods", "Give at most 3 items, not 4."),
+        ({"name": ""}, "/name", "Give at least 1 character, not 0."),
         ({"recipe": None}, "/recipe", "null is not a string."),
         ({"optimizer": 5}, "/optimizer", """5 is not "sgd" or "adamw" or an object or null."""),
     ],
