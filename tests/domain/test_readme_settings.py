@@ -1,16 +1,11 @@
 """The configuration table of the README is the Settings class, line for line."""
 
-import pathlib
-
 import pytest
 
 from app.settings import Settings
+from tests import readme
 
 pytestmark = pytest.mark.unit
-
-README = pathlib.Path(__file__).parents[2] / "README.md"
-START = "<!-- settings: generated from app/settings.py; a test compares -->\n"
-END = "<!-- end of settings -->"
 
 
 def table() -> str:
@@ -23,6 +18,4 @@ def table() -> str:
 
 
 def test_the_readme_lists_every_setting_with_its_default() -> None:
-    text = README.read_text()
-    written = text[text.index(START) + len(START) : text.index(END)]
-    assert written == table(), f"put this between the two comments of README.md:\n{table()}"
+    assert readme.part("settings") == table(), f"put this between the two comments of README.md:\n{table()}"

@@ -9,18 +9,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests import readme
 from tests.system.up import running
 
 pytestmark = pytest.mark.system
 
-README = Path(__file__).parents[2] / "README.md"
-
 
 def walkthrough() -> str:
-    """Give the shell blocks between the two comments, in order."""
-    text = README.read_text()
-    part = text[text.index("<!-- walkthrough") : text.index("<!-- end of walkthrough")]
-    return "\n".join(re.findall(r"^```sh\n(.*?)^```", part, re.DOTALL | re.MULTILINE))
+    """Give the shell blocks of the walk-through, in order."""
+    return "\n".join(re.findall(r"^```sh\n(.*?)^```", readme.part("walkthrough"), re.DOTALL | re.MULTILINE))
 
 
 def test_the_walkthrough_ends_with_the_weights(tmp_path: Path) -> None:

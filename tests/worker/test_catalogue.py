@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests import readme
 from worker import catalogue
 from worker.finetune import image_classification
 
@@ -38,3 +39,11 @@ def test_what_is_published_has_the_columns_of_the_tables() -> None:
     training = simclr["schema"]["$defs"]["Training"]["properties"]
     assert training["epochs"]["default"] == simclr["defaults"]["training"]["epochs"], "the recipe's own default"
     assert {row["name"] for row in published["architectures"]} >= {"resnet18", "small_cnn", "mlp", "small_vit"}
+
+
+def test_the_readme_lists_every_recipe() -> None:
+    table = "| kind | recipe | what it does |\n|---|---|---|\n"
+    for found in catalogue.recipes().values():
+        said = found.summary.removeprefix("Learn features without labels: ")
+        table += f"| {found.kind} | `{found.name}` | {said[0].upper()}{said[1:]} |\n"
+    assert readme.part("recipes") == table, f"put this between the two comments of README.md:\n{table}"

@@ -45,7 +45,8 @@ class LabelEfficiencyParams(Params):
     finetune: dict[str, Any] = Field(
         default={},
         description='`params` of image_classification. With {"trainable": "head"} alone, all linear heads of a start '
-        "are trained together in one job.",
+        "are trained together in one job, by AdamW: of `training`, only steps, seed, learning_rate, weight_decay and "
+        "batch_size count.",
         json_schema_extra=Part(recipe="image_classification").keyword(),
     )
 
