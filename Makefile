@@ -9,7 +9,6 @@ OUT ?=
 ONLY ?=
 DATA ?=
 PAIRS ?= 3
-BUDGET ?= 1200
 SECONDS ?= 15
 SEEDS ?= 3
 
@@ -43,9 +42,9 @@ test: setup  ## every test but the long ones
 test-long: setup  ## the long tests
 	$(RUN)/python -m pytest -m long
 
-bench: setup  ## measure against the other way (ONLY=name,name DATA=folder PAIRS=3 OUT=file; cifar_85 only if asked: ONLY=cifar_85 BUDGET=1200)
+bench: setup  ## measure against the other way (ONLY=name,name DATA=folder PAIRS=3 OUT=file; cifar_85 only if asked: ONLY=cifar_85 PAIRS=1 BUDGET=1850)
 	VIRTUAL_ENV=.venv $(UV) pip install --quiet --require-hashes --no-deps -r tests/benchmarks/requirements.txt
-	$(RUN)/python -m tests.benchmarks --out $(or $(OUT),build/bench.json) --pairs $(PAIRS) --budget $(BUDGET) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
+	$(RUN)/python -m tests.benchmarks --out $(or $(OUT),build/bench.json) --pairs $(PAIRS) $(if $(BUDGET),--budget $(BUDGET)) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
 
 methods: setup  ## every unsupervised method after equal seconds of training (SECONDS=15 SEEDS=3 DATA=folder ONLY=name,name OUT=file)
 	$(RUN)/python -m tests.benchmarks.methods --out $(or $(OUT),build/methods.json) --seconds $(SECONDS) --seeds $(SEEDS) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))

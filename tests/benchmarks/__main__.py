@@ -1,7 +1,8 @@
 """`make bench`: run pairs in turn, ours and the other way, and print the ratios.
 
 `--data FOLDER` is an image folder with `train/` and `test/`; without it, pictures are drawn at random, which is enough
-for rates and senseless for accuracies. A workload that fails is named under the table, and the others still run.
+for rates and senseless for accuracies, so those are left out. A workload that fails is named under the table, and the
+others still run.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.benchmarks import table
-from tests.benchmarks.pairs import Bench, Numbers, Workload
+from tests.benchmarks.pairs import BUDGET, Bench, Numbers, Workload
 from tests.benchmarks.workloads import WORKLOADS
 
 
@@ -34,28 +35,33 @@ def random_pictures(folder: Path, *, per_class: int = 1000, classes: int = 10, s
                 Image.fromarray(pixels).save(place / f"{number:05}.jpg", quality=90)
 
 
-def chosen(only: str | None) -> list[Workload]:
+def chosen(only: str | None, *, pictures: bool = True) -> list[Workload]:
     """Give the workloads of these names, comma separated; by default all but those that must be asked for.
 
-    `outside_steps` stands for every workload whose name begins so.
+    `outside_steps` stands for every workload whose name begins so. Without real pictures accuracies say nothing.
 
     Raises:
-        SystemExit: a name is not known; the message lists those that are.
+        SystemExit: a name is not known; the message lists those that are. Or one needs pictures.
     """
     if not only:
-        return [each for each in WORKLOADS if not each.only_if_asked]
+        return [each for each in WORKLOADS if not each.only_if_asked and (pictures or each.compare != "quality")]
     names, known = only.split(","), {each.name: each for each in WORKLOADS}
     meant = {name: [known[name]] if name in known else _beginning(name) for name in names}
     if unknown := [name for name, found in meant.items() if not found]:
         raise SystemExit(f"There is no workload {', '.join(unknown)}; there are: {', '.join(known)}.")
-    return list({each.name: each for found in meant.values() for each in found}.values())
+    wanted = list({each.name: each for found in meant.values() for each in found}.values())
+    if senseless := [each.name for each in wanted if each.compare == "quality" and not pictures]:
+        raise SystemExit(f"{', '.join(senseless)}: accuracies need real pictures; give a folder with --data (DATA=…).")
+    return wanted
 
 
 def _beginning(name: str) -> list[Workload]:
     return [each for each in WORKLOADS if each.name.startswith(f"{name}_")]
 
 
-def measure(wanted: Sequence[Workload], bench: Bench, out: Path) -> tuple[list[Numbers], list[tuple[str, str]]]:
+def measure(
+    wanted: Sequence[Workload], bench: Bench, out: Path, *, options: str = ""
+) -> tuple[list[Numbers], list[tuple[str, str]]]:
     """Run them, writing the JSON after each; give the lines, and what failed with its reason."""
     rows: list[Numbers] = []
     failed: list[tuple[str, str]] = []
@@ -73,7 +79,7 @@ def measure(wanted: Sequence[Workload], bench: Bench, out: Path) -> tuple[list[N
                 failed.append((each.name, f"{type(error).__name__}: {error}"))
                 progress.console.print(f"{each.name} failed: {error}", markup=False)
             if found:
-                rows.append(table.line(each, found, time.monotonic() - began))
+                rows.append(table.line(each, found, time.monotonic() - began, options=options))
                 table.write(rows, out)
             progress.update(task, total=len(found), completed=len(found))
             progress.advance(everything)
@@ -93,15 +99,16 @@ def main() -> int:
     parser.add_argument("--only", help="names of workloads, or how several begin, comma separated")
     parser.add_argument("--data", type=Path, help="an image folder with train/ and test/")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--budget", type=float, default=1200.0, help="seconds for the other side of cifar_85")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for the other side of cifar_85")
     given = parser.parse_args()
-    wanted = chosen(given.only)
+    wanted = chosen(given.only, pictures=given.data is not None)
+    options = f"PAIRS={given.pairs} BUDGET={given.budget:g}" + (f" DATA={given.data}" if given.data else "")
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
         folder = given.data or Path(work) / "pictures"
         if given.data is None:
             random_pictures(folder)
         bench = Bench(folder.resolve(), Path(work), given.pairs, budget=given.budget)
-        rows, failed = measure(wanted, bench, given.out)
+        rows, failed = measure(wanted, bench, given.out, options=options)
     left_out = [each.name for each in WORKLOADS if each.only_if_asked and each not in wanted]
     table.show(rows, failed, left_out if not given.only else [])
     return 1 if failed else 0

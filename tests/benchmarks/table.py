@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks import shares
-from tests.benchmarks.pairs import Numbers, Pair, Workload
+from tests.benchmarks.pairs import Numbers, Pair, Quality, Workload
+
+POINTS_BELOW, LOSS_ABOVE = 0.5, 0.01  # what ours may be worse where speed is compared; hundredths, and a part
 
 
-def line(workload: Workload, found: Sequence[Pair], seconds: float) -> Numbers:
-    """Sum up the pairs of a workload."""
+def line(workload: Workload, found: Sequence[Pair], seconds: float, *, options: str = "") -> Numbers:
+    """Sum up the pairs of a workload; `options` is what `make bench` was given beside its name."""
     ratios = [workload.ratio(pair) for pair in found]
     qualities = [pair.quality for pair in found if pair.quality is not None]
     row: Numbers = {
@@ -25,7 +27,7 @@ def line(workload: Workload, found: Sequence[Pair], seconds: float) -> Numbers:
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
         "quality": None,
         "pairs": len(found),
-        "command": f"make bench ONLY={workload.name}",
+        "command": f"make bench ONLY={workload.name} {options}".strip(),
         "ratio_is": "other / ours" if workload.compare == "time" else "ours / other",
         "goal": {"most" if workload.smaller_is_better else "least": workload.goal},
         "bound": any(pair.bound for pair in found),
@@ -44,13 +46,22 @@ def line(workload: Workload, found: Sequence[Pair], seconds: float) -> Numbers:
 
 def _met(workload: Workload, row: Numbers, found: Sequence[Pair]) -> bool:
     if workload.compare == "quality":
-        # Below by at most the goal, or by what the seeds explain: two standard errors of the paired difference.
-        differences = [pair.ours - pair.other for pair in found]
-        noise = 2 * _spread(differences) / len(differences) ** 0.5
-        return statistics.fmean(differences) >= -max(workload.goal / 100, noise)
+        return _as_good([(pair.ours, pair.other) for pair in found], "accuracy", workload.goal)
     median = row["ratio"]["median"]
     good = median <= workload.goal if workload.smaller_is_better else median >= workload.goal
+    qualities = [pair.quality for pair in found if pair.quality is not None]
+    good = good and (not qualities or _as_good(qualities, workload.quality))
     return good and all(row["more"][name] <= most for name, most in workload.limits)
+
+
+def _as_good(found: Sequence[tuple[float, float]], kind: Quality, points: float = POINTS_BELOW) -> bool:
+    """Say whether ours is worse by at most what is allowed, or by what the seeds explain.
+
+    They explain two standard errors of the paired difference.
+    """
+    worse = [theirs - mine if kind == "accuracy" else mine - theirs for mine, theirs in found]
+    allowed = points / 100 if kind == "accuracy" else LOSS_ABOVE * statistics.fmean(theirs for _, theirs in found)
+    return statistics.fmean(worse) <= max(allowed, 2 * _spread(worse) / len(worse) ** 0.5)
 
 
 def _medians(found: Sequence[Pair]) -> Numbers:

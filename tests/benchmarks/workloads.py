@@ -123,7 +123,7 @@ def simclr_resnet(bench: Bench) -> Pair:
     return _simclr(bench, {"architecture": "resnet18", "image_size": 32, "stem": "small"}, 30)
 
 
-@workload("vae_mlp_128", "samples/s", 3)
+@workload("vae_mlp_128", "samples/s", 3, quality="loss")
 def vae(bench: Bench) -> Pair:
     """VAE 784-400-20, batch 128, float32, against the loop of PyTorch's example; quality: nats after 10 epochs."""
     folder = pictures.grey(bench, 20_000, size=28)

@@ -12,7 +12,7 @@ from torch import nn
 from tests.benchmarks import __main__ as bench_main
 from tests.benchmarks import ours, shares, table
 from tests.benchmarks.naive import small_vgg
-from tests.benchmarks.pairs import Bench, Compare, Pair, Workload
+from tests.benchmarks.pairs import Bench, Compare, Pair, Quality, Workload
 from tests.benchmarks.stopwatch import INSIDE, OUTSIDE, REST, Stopwatch
 from tests.worker import sets
 from worker import catalogue, checkpoint
@@ -76,6 +76,31 @@ def test_further_limits_hold_too_and_a_bound_is_said() -> None:
     assert row["bound"] is True
     printed = table.table([row], [], []).columns[4]
     assert list(printed.cells) == ["[red]>= 20[/]"]
+
+
+@pytest.mark.parametrize(
+    ("quality", "pairs", "met"),
+    [
+        ("accuracy", [(0.796, 0.8)], True),
+        ("accuracy", [(0.79, 0.8)], False),
+        ("accuracy", [(0.79, 0.8), (0.81, 0.8), (0.78, 0.8)], True),  # the seeds explain it
+        ("loss", [(100.9, 100.0)], True),
+        ("loss", [(102.0, 100.0)], False),
+        ("loss", [(50.0, 100.0)], True),
+    ],
+)
+def test_speed_alone_meets_no_goal(quality: Quality, pairs: list[tuple[float, float]], met: bool) -> None:
+    found = [Pair(300, 100, quality=each) for each in pairs]
+    workload = Workload("one", "s", 2, "rate", lambda bench: iter(found), quality=quality)
+    row = table.line(workload, found, 1.0, options="PAIRS=1 DATA=pictures")
+    assert row["met"] is met
+    assert row["command"] == "make bench ONLY=one PAIRS=1 DATA=pictures"
+
+
+def test_accuracies_of_random_pictures_are_refused() -> None:
+    assert not [each for each in bench_main.chosen(None, pictures=False) if each.compare == "quality"]
+    with pytest.raises(SystemExit, match="quality_simclr_small_cnn_32: accuracies need real pictures"):
+        bench_main.chosen("quality_simclr_small_cnn_32,vae_mlp_128", pictures=False)
 
 
 def test_one_failure_leaves_the_others_running(tmp_path: Path) -> None:
