@@ -1,6 +1,5 @@
 """A run with no server: what the API would refuse is refused here in the same words, most of it before data is read."""
 
-import argparse
 import errno
 import json
 from pathlib import Path
@@ -11,21 +10,28 @@ import pytest
 from app.domain.errors import UserFault
 from tests.worker import sets
 from worker.trainer import local
+from worker.trainer.__main__ import arguments
 
 pytestmark = pytest.mark.worker
 
 CNN = {"architecture": "small_cnn", "width": 0.25}
 
 
-def refused(spec: dict[str, Any], data: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def run(
+    spec: dict[str, Any], data: Path | str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> list[dict[str, Any]]:
+    """Run a spec; give what was said."""
     path = folder / "spec.json"
     path.write_text(json.dumps(spec))
-    given = argparse.Namespace(
-        spec=str(path), data=str(data), out=str(folder / "out"), model=None, cache=None, threads=1, processes=None,
-        device="cpu",
-    )  # fmt: skip
-    assert local.run(given) == 1
-    *_, last = map(json.loads, capsys.readouterr().out.splitlines())
+    given = ["run", str(path), "--data", str(data), "--out", str(folder / "out"), "--threads", "1", "--device", "cpu"]
+    code = local.run(arguments(given))
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (code, said[-1]["type"]) in ((0, "finished"), (1, "failed"))
+    return said
+
+
+def refused(spec: dict[str, Any], data: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    last = run(spec, data, folder, capsys)[-1]
     assert last["type"] == "failed"
     assert last["error"]["fault"] == "user"
     return last["error"]
@@ -105,11 +111,16 @@ def test_a_disk_that_is_full_while_the_data_is_read_is_not_blamed_on_the_body(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(local.ingest, "ingest_folder", full)
-    (tmp_path / "spec.json").write_text(json.dumps({"recipe": "simclr", "model": CNN}))
-    given = argparse.Namespace(
-        spec=str(tmp_path / "spec.json"), data=str(tmp_path), out=str(tmp_path / "out"), model=None, cache=None,
-        threads=1, processes=None, device="cpu",
-    )  # fmt: skip
-    assert local.run(given) == 1
-    *_, last = map(json.loads, capsys.readouterr().out.splitlines())
+    last = run({"recipe": "simclr", "model": CNN}, tmp_path, tmp_path, capsys)[-1]
     assert (last["error"]["fault"], last["error"]["code"]) == ("resource", "disk_full")
+
+
+@pytest.mark.parametrize(("room", "streamed"), [("0", True), (None, False)])
+def test_the_disk_budget_is_the_setting_that_its_messages_name(
+    room: str | None, streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if room is not None:
+        monkeypatch.setenv("TUNEYARD_CACHE_BYTES", room)
+    said = run(sets.spec(training={"steps": 1}), "builtin:digits", tmp_path, capsys)
+    assert ("data.streaming" in [each.get("code") for each in said]) == streamed

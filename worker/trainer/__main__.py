@@ -22,6 +22,10 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     verb.add_argument("--out", required=True, help="where the model goes")
     verb.add_argument("--model", help="a folder with model.safetensors and config.json to start from or to use")
     verb.add_argument("--cache", help="where decoded images are kept; in the output folder by default")
+    verb.add_argument(
+        "--cache-bytes", type=int, default=os.environ.get("TUNEYARD_CACHE_BYTES", 50 * 2**30),
+        help="disk budget of decoded images and features; by default what TUNEYARD_CACHE_BYTES says, or 50 GiB",
+    )  # fmt: skip
     verb.add_argument("--threads", type=int, default=0, help="of each process; 0 shares what torch takes by itself")
     verb.add_argument("--processes", type=_positive, help="that train together; on GPUs, one for each")
     verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

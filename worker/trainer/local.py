@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         reporter.send(Failed(error=translated(error, reporter).failure("ingest")))
         return 1
-    order = order.model_copy(update={"processes": arguments.processes})
+    order = order.model_copy(update={"processes": arguments.processes, "cache_bytes": arguments.cache_bytes})
     finished: list[Finished] = []
     kept = Reporter(
         listener=lambda message: finished.append(message) if isinstance(message, Finished) else listener(message)
