@@ -61,7 +61,6 @@ class Order(Message):
     recipe: str  # for internal jobs: ingest, import_model, measure
     spec: dict[str, Any]
     plan: dict[str, Any] | None = None  # of the first attempt; used again as it is
-    fingerprint: dict[str, Any] | None = None  # of the first attempt
     dataset: DatasetFacts | None = None  # its shards carry `path`
     model: BaseModelInput | None = None
     upload: str | None = None  # path of the raw bytes, for ingest and import

@@ -236,8 +236,8 @@ def retry(
         if not kept:
             raise Conflict("This job has no checkpoint to go on from; retry it from the start.", code="no_checkpoint",
                            status=old.status)  # fmt: skip
-        # The same plan, or the steps that follow would be another computation.
-        row.resume_from, row.plan = kept[0].id, old.plan
+        # The same plan, or the steps that follow would be another computation; what is inexact already stays so.
+        row.resume_from, row.plan, row.exact = kept[0].id, old.plan, old.exact
     jobs.insert(session, row, max_queued_jobs=settings.max_queued_jobs)
     return once.answer(_one(session, row, settings), location=f"/v1/jobs/{row.id}")
 

@@ -107,16 +107,6 @@ def begin(
         life.move(session, job, Status.RUNNING, actor=Actor.WORKER)
 
 
-def first_fingerprint(session: Session, job_id: str) -> tables.Json | None:
-    """Give the fingerprint under which the plan was made, to compare a later attempt's with."""
-    return session.scalar(
-        select(tables.Attempt.fingerprint)
-        .where(tables.Attempt.job_id == job_id, tables.Attempt.fingerprint.is_not(None))
-        .order_by(tables.Attempt.attempt)
-        .limit(1)
-    )
-
-
 def write_metrics(session: Session, held: Held, rows: Sequence[metrics.Row]) -> None:
     """Write a flush of numbers: the rows, the job's latest values, and one event.
 

@@ -220,9 +220,11 @@ def test_a_retry_goes_on_from_the_newest_checkpoint(
     make_checkpoint(engine, blobs, job, step=1)
     newest = make_checkpoint(engine, blobs, job, step=2)
     with transaction(engine) as session:
-        session.get_one(tables.Job, job).plan = {"batch_size": 7}
+        row = session.get_one(tables.Job, job)
+        row.plan, row.exact = {"batch_size": 7}, False
     new = client.post(f"/v1/jobs/{job}/retry", json={"from_checkpoint": True}).json()
-    assert new["plan"] == {"batch_size": 7}
+    assert (new["plan"], new["exact"]) == ({"batch_size": 7}, False)
+    assert client.post(f"/v1/jobs/{job}/retry").json()["exact"] is True, "from the start all bits are new"
     with transaction(engine) as session:
         assert session.get_one(tables.Job, new["id"]).resume_from == newest
     error = assert_error(client.delete(f"/v1/jobs/{job}"), 409, "in_use")

@@ -113,17 +113,6 @@ class TestBegin:
         job = look(engine, held)
         assert (job.plan, job.exact) == ({"threads": 1}, True)
         assert [attempt.fingerprint for attempt in attempts_of(engine, held)] == [{"torch": "2"}, {"torch": "3"}]
-        with transaction(engine) as session:
-            assert attempts.first_fingerprint(session, held.job_id) == {"torch": "2"}
-
-    def test_an_attempt_that_died_before_it_began_has_no_fingerprint(self, engine: Engine, held: Held) -> None:
-        with transaction(engine) as session:
-            assert attempts.first_fingerprint(session, held.job_id) is None
-            endings.release(session, held)
-            again = take(session, read(session, held))
-        begin(engine, again, fingerprint={"torch": "3"})
-        with transaction(engine) as session:
-            assert attempts.first_fingerprint(session, held.job_id) == {"torch": "3"}
 
     def test_a_running_run_may_change_its_own_plan(self, engine: Engine, held: Held) -> None:
         begin(engine, held, plan={"micro_batch": 64})

@@ -132,19 +132,42 @@ def in_a_process(order: Order, *, kill_after: int | None = None) -> list[Any]:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ["muon, bf16, strong", "head, cached views", "gradual, average"])
-def test_killed_for_real_and_resumed_in_another_process(name: str, coloured: DatasetFacts, tmp_path: Path) -> None:
-    whole = sets.order(job(name), coloured, tmp_path / "whole")
+def test_killed_for_real_and_resumed_in_another_process(
+    name: str, threads: int, coloured: DatasetFacts, tmp_path: Path
+) -> None:
+    whole = sets.order(job(name), coloured, tmp_path / "whole", threads=threads)
     ended = in_a_process(whole)[-1]
     assert isinstance(ended, Finished), ended
-    cut = sets.order(job(name), coloured, tmp_path / "cut")
-    in_a_process(cut, kill_after=3)
+    cut = sets.order(job(name), coloured, tmp_path / "cut", threads=threads)
+    heard = in_a_process(cut, kill_after=3)
+    assert next(each for each in heard if isinstance(each, Planned)).plan["threads"] == threads
     newest = sorted(Path(cut.scratch).glob("checkpoint-*.safetensors"))[-1]
-    resumed = sets.order(job(name), coloured, tmp_path / "resumed", checkpoint=str(newest))
+    resumed = sets.order(job(name), coloured, tmp_path / "resumed", checkpoint=str(newest), threads=threads)
     again = in_a_process(resumed)[-1]
     assert isinstance(again, Finished), again
     assert sets.weights_sha256(resumed) == sets.weights_sha256(whole)
     assert (again.metrics, again.best) == (ended.metrics, ended.best)
+
+
+@pytest.mark.parametrize("streamed_first", [True, False])
+def test_going_on_with_or_without_room_for_decoded_images_changes_no_bit(streamed_first: bool, tmp_path: Path) -> None:
+    """A stream knows mean and deviation from a part of the images, so those of the plan have to count."""
+    draws = np.random.default_rng(0)
+    pixels = (draws.random((4200, 8, 8)) * draws.integers(1, 256, (4200, 1, 1))).astype(np.uint8)
+    facts = sets.write_set(tmp_path / "set", {"train": (pixels, np.arange(4200) % 10)}, rows_per_shard=2100)
+    spec = sets.spec(training={"steps": 6, "checkpoint_every": 1, "batch_size": 16})
+    first, then = (0, 10**9) if streamed_first else (10**9, 0)
+    whole = sets.order(spec, facts, tmp_path / "whole", cache_bytes=first)
+    heard, _ = sets.finished(whole)
+    assert ("data.streaming" in heard.codes()) == streamed_first
+    path = sets.killed_at(3, sets.order(spec, facts, tmp_path / "cut", cache_bytes=first))
+    resumed = sets.order(spec, facts, tmp_path / "resumed", checkpoint=path, cache_bytes=then)
+    again, _ = sets.finished(resumed)
+    assert ("data.streaming" in again.codes()) != streamed_first
+    assert again.of(Planned)[0].exact is True
+    assert sets.weights_sha256(resumed) == sets.weights_sha256(whole)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +183,7 @@ def test_elsewhere_it_goes_on_and_says_that_it_is_not_exact(
     differs: str, paused: tuple[Order, Planned, str], coloured: DatasetFacts, tmp_path: Path
 ) -> None:
     first, planned, checkpoint = paused
-    fingerprint, plan = dict(planned.fingerprint), planned.plan
+    fingerprint, changes = dict(planned.fingerprint), dict[str, Any]()
     match differs:
         case "a new entry":
             fingerprint.pop("torch")
@@ -169,26 +192,26 @@ def test_elsewhere_it_goes_on_and_says_that_it_is_not_exact(
             fingerprint["libc"] = "2.17"
             differs = "libc"
         case "device":
-            checkpoint = on_a_gpu(checkpoint, tmp_path)
+            changes["device"] = "cuda"
         case _:
             fingerprint[differs] = "another"
-    order = sets.order(
-        first.spec, coloured, tmp_path, plan=plan, attempt=2, fingerprint=fingerprint, checkpoint=checkpoint
-    )
+    # What the checkpoint says counts: a job that goes on from another job's has no attempt of its own to ask.
+    checkpoint = as_if_begun(checkpoint, tmp_path, fingerprint=fingerprint, **changes)
+    order = sets.order(first.spec, coloured, tmp_path, plan=planned.plan, attempt=1, checkpoint=checkpoint)
     heard, _ = sets.finished(order)
     assert heard.of(Planned)[0].exact is False
     (event,) = [event for event in heard.of(Event) if event.code == "resume.inexact"]
     assert event.data["differs"] == [differs]
 
 
-def on_a_gpu(path: str, folder: Path) -> str:
-    """Rewrite a checkpoint as if its run had begun on a GPU."""
+def as_if_begun(path: str, folder: Path, **changes: Any) -> str:
+    """Rewrite a checkpoint as if its run had begun under a plan with these changes."""
     from worker import checkpoint
 
     found = checkpoint.read(Path(path))
-    state = {**found.state, "plan": {**found.state["plan"], "device": "cuda"}}
-    checkpoint.write(folder / "gpu.safetensors", checkpoint.Contents(found.tensors, state))
-    return str(folder / "gpu.safetensors")
+    state = {**found.state, "plan": {**found.state["plan"], **changes}}
+    checkpoint.write(folder / "elsewhere.safetensors", checkpoint.Contents(found.tensors, state))
+    return str(folder / "elsewhere.safetensors")
 
 
 def test_the_plan_of_the_first_attempt_decides_the_threads(
@@ -197,9 +220,8 @@ def test_the_plan_of_the_first_attempt_decides_the_threads(
     """One thread and two give other bits, so a worker with more of them uses as many as the plan says: still exact."""
     first, planned, checkpoint = paused
     order = sets.order(
-        first.spec, coloured, tmp_path / "more", plan=planned.plan, attempt=2, fingerprint=planned.fingerprint,
-        checkpoint=checkpoint, threads=2,
-    )  # fmt: skip
+        first.spec, coloured, tmp_path / "more", plan=planned.plan, attempt=2, checkpoint=checkpoint, threads=2
+    )
     heard, _ = sets.finished(order)
     assert (heard.of(Planned)[0].exact, heard.of(Planned)[0].plan["threads"]) == (True, 1)
     assert "resume.inexact" not in heard.codes()

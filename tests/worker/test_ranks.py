@@ -86,7 +86,7 @@ def test_going_on_with_another_number_of_processes_is_not_exact(many: DatasetFac
     assert last.outcome == "drained"
     planned = heard.of(Planned)[0]
     given = {
-        "plan": planned.plan, "fingerprint": planned.fingerprint, "attempt": 2,
+        "plan": planned.plan, "attempt": 2,
         "checkpoint": str(Path(order.scratch) / heard.of(Saved)[-1].file),
     }  # fmt: skip
     heard, last = sets.finished(sets.order(job(), many, tmp_path / "one", **given))

@@ -127,7 +127,7 @@ def test_a_later_attempt_uses_the_first_ones_plan(digits: DatasetFacts, tmp_path
     planned = heard.of(Planned)[0]
     later = sets.order(
         sets.spec(), digits, tmp_path / "two", plan={**planned.plan, "precision": "float32"}, attempt=2,
-        fingerprint=planned.fingerprint, threads=2,
+        threads=2,
     )  # fmt: skip
     heard, _ = sets.finished(later)
     again = heard.of(Planned)[0]

@@ -7,6 +7,7 @@ autocast in channels_last; with its usual stem 1,080 either way, and 2,300 with 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str  # cpu or cuda; which one of several does not matter
+    fingerprint: dict[str, Any] = {}  # of the machine where the run began: what the bits depend on beside the plan
     world_size: int = 1
     threads: int
     precision: Precision
@@ -133,6 +135,7 @@ def precision(work: Workload, hardware: Hardware) -> tuple[Precision, str]:
 def resolve(
     training: Training, work: Workload, hardware: Hardware, *, mean: tuple[float, ...], std: tuple[float, ...],
     cache: Literal["resident", "memory_map", "stream"] = "memory_map", processes: int = 1, memo: Memo | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Turn every `auto` into a choice, with its reason; what `memo` has measured on this host comes before the table.
 
@@ -192,6 +195,7 @@ def resolve(
         seen_compiled = memo.compile(work.family, threads, chosen_precision, chosen_format, steps * batch)
     return Plan(
         device=hardware.device,
+        fingerprint=dict(fingerprint or {}),
         world_size=processes,
         threads=threads,
         precision=chosen_precision,

@@ -23,7 +23,7 @@ from app.domain.errors import DataFault, SystemFault, UserFault
 from app.domain.jobs import Wanted
 from app.domain.models import ModelConfig
 from app.settings import Settings
-from app.store import attempts, cache, checkpoints, children, recipes, tables
+from app.store import cache, checkpoints, children, recipes, tables
 from app.store.blobs import Blobs, CorruptBlob, MissingBlob
 from app.store.session import transaction
 from worker.report import BaseModelInput, Limits, Order
@@ -43,7 +43,6 @@ class Inputs:
     model: tuple[str, ModelConfig, str] | None  # id, config, digest of its weights
     upload: tuple[str, str | None] | None  # digest, file name
     checkpoints: Sequence[tables.Checkpoint]  # the best choice first
-    fingerprint: dict[str, Any] | None
     children: tuple[dict[str, Any], ...]
     plans: bool  # it only plans other jobs: facts are enough, no bytes are fetched
 
@@ -131,7 +130,7 @@ def stage(
     checkpoint, damaged = _newest_valid(blobs, inputs.checkpoints, state, check)
     order = Order(
         job=job.id, attempt=job.attempt, kind=cast("Kind", job.kind), recipe=job.recipe, spec=job.spec, plan=job.plan,
-        fingerprint=inputs.fingerprint, dataset=dataset, model=model, upload=upload,
+        dataset=dataset, model=model, upload=upload,
         upload_name=inputs.upload[1] if inputs.upload else None, checkpoint=str(state) if checkpoint else None,
         children=inputs.children, stopping=job.wanted == Wanted.STOP, scratch=str(scratch.folder),
         cache=str(home_cache), cache_bytes=settings.cache_bytes,
@@ -160,7 +159,6 @@ def find_inputs(session: Session, job: tables.Job) -> Inputs:
         model=_model(session, job.base_model_id) if job.base_model_id else None,
         upload=upload,
         checkpoints=checkpoints.to_resume(session, job),
-        fingerprint=attempts.first_fingerprint(session, job.id),
         children=children.ended(session, job),
         plans=_plans(session, job),
     )

@@ -88,7 +88,7 @@ def _run_child(
             update={
                 "job": f"job_{number}", "kind": found.kind, "recipe": found.name, "spec": spec.model_dump(mode="json"),
                 "model": models[spec.model] if isinstance(spec.model, str) else None, "scratch": str(scratch),
-                "plan": None, "fingerprint": None, "checkpoint": None, "children": (),
+                "plan": None, "checkpoint": None, "children": (),
             }
         ), listening,
     )  # fmt: skip

@@ -1,33 +1,29 @@
-"""The last word before step 0: the plan goes to the supervisor, and whether this machine is the one it was made on."""
+"""The last word before step 0: the plan goes to the supervisor, and whether this run will end with the same bits."""
 
 import torch
 
 from worker.parts import machine
 from worker.parts.tuning import Plan
-from worker.report import Order, Reporter
+from worker.report import Reporter
 
 
-def announce(
-    plan: Plan, device: torch.device, order: Order, reporter: Reporter, *, first: Plan | None = None
-) -> None:  # fmt: skip
+def announce(plan: Plan, device: torch.device, reporter: Reporter, *, first: Plan | None = None) -> None:
     """Report the plan and wait until it is committed; say so where the result will not be the same to the bit.
 
     Args:
-        first: the plan of the attempt before.
+        first: the plan of the attempt before, which this one goes on with.
     """
-    found = machine.fingerprint(device.type)
-    before = order.fingerprint
-    differs = sorted(
-        key for key in {*found, *(before or {})} if before is not None and before.get(key) != found.get(key)
-    )
-    if plan.device != device.type:
-        differs.append("device")
-    if first is not None and plan.world_size != first.world_size:
-        differs.append("world_size")
+    found, differs = machine.fingerprint(device.type), list[str]()
+    if first is not None:
+        differs = sorted(key for key in {*found, *first.fingerprint} if first.fingerprint.get(key) != found.get(key))
+        # Without `deterministic` two runs on one and the same GPU differ as well.
+        differs += ["device"] if plan.device != device.type else []
+        differs += ["kernels"] if device.type == "cuda" and not plan.deterministic else []
+        differs += ["world_size"] if plan.world_size != first.world_size else []
     if differs:
         reporter.event(
             "resume.inexact",
-            f"This worker differs from the one where the run began ({', '.join(differs)}): the result will be as good "
-            "but not the same to the bit.", level="warning", differs=differs,
+            f"Not everything is as it was where the run began ({', '.join(differs)}): the result will be as good but "
+            "not the same to the bit.", level="warning", differs=differs,
         )  # fmt: skip
     reporter.planned(plan.model_dump(mode="json"), found, exact=not differs)

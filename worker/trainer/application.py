@@ -66,9 +66,9 @@ def run(order: Order, reporter: Reporter) -> Finished:
     )  # fmt: skip
     plan = given or tuning.resolve(
         spec.training.model_copy(update={"epochs": 1, "steps": None}), work, machine.look(device.type, threads),
-        mean=normal[0], std=normal[1],
+        mean=normal[0], std=normal[1], fingerprint=machine.fingerprint(device.type),
     )  # fmt: skip
-    announce(plan, device, order, reporter)
+    announce(plan, device, reporter, first=given)
     compute.settle(plan)
     for module in (backbone, head):
         if module is not None:

@@ -75,7 +75,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     check_family(recipe, network)
     size, channels = network.image_size, network.channels
     hardware = machine.look(device.type, order.threads)
-    measured = memo.read(Path(order.cache), device.type, machine.fingerprint(device.type)) if plan is None else None
+    fingerprint = machine.fingerprint(device.type)
+    measured = memo.read(Path(order.cache), device.type, fingerprint) if plan is None else None
     family = network.facts["family"]
     threads = plan.threads if plan is not None else tuning.thread_count(family, size, hardware, measured)[0]
     torch.set_num_threads(threads)
@@ -89,7 +90,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
         return opened.on(device) if isinstance(opened, Images) and fits(opened, device) else opened
 
     train = images("train")
-    mean, std = network.normalisation or (train.mean, train.std)
+    # A part of the images that is streamed is only estimated from: the plan's figures are those of the run.
+    mean, std = (plan.mean, plan.std) if plan is not None else network.normalisation or (train.mean, train.std)
     data = choose_samples(recipe, spec, facts, train, images, mean, std, seed)
     counts = class_counts(data.train.labels, len(facts.classes)) if recipe.requires.labels else ()
     processes = choose_processes(spec, order, device)
@@ -120,7 +122,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
                 min_batch=recipe.requires.min_batch,
                 pretrained=network.pretrained,
             ),
-            hardware, mean=mean, std=std, processes=processes, memo=measured,
+            hardware, mean=mean, std=std, processes=processes, memo=measured, fingerprint=fingerprint,
             cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
         )  # fmt: skip
         if getattr(objective, "frozen_prefix", None) is not None:

@@ -29,7 +29,7 @@ def train(order: Order, reporter: Reporter) -> Finished:
     while True:
         made = assemble(order, reporter, plan=plan)
         plan = made.plan
-        announce(plan, made.device, order, reporter, first=first)
+        announce(plan, made.device, reporter, first=first)
         try:
             made = start(made, order, reporter)
             with ranks.together(order, plan, checkpoints.newest, reporter):
