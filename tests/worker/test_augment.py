@@ -1,5 +1,7 @@
 """Batched augmentation against torchvision's v2 functions, sample by sample."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torchvision.transforms.v2.functional as v2
@@ -75,6 +77,32 @@ def test_an_affine_move_is_torchvisions(images: torch.Tensor) -> None:
             interpolation=InterpolationMode.BILINEAR,
         )  # fmt: skip
         torch.testing.assert_close(moved[i], expected, atol=1e-4, rtol=0)
+
+
+def test_a_move_by_whole_pixels_is_an_affine_one(images: torch.Tensor) -> None:
+    right, down, none = torch.tensor([2, 0, -3, 30]), torch.tensor([0, -5, 4, 1]), torch.zeros(4)
+    expected = augment.affine(images, none, torch.stack([right, down], 1).float(), none + 1, none)
+    torch.testing.assert_close(augment.translate(images, right, down), expected, atol=1e-4, rtol=0)
+    assert torch.equal(augment.translate(images[:1], right[:1], down[:1])[0, :, :, 2:], images[0, :, :, :-2])
+
+
+def test_a_move_by_whole_pixels_can_be_differentiated_twice() -> None:
+    images = torch.rand(3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    right, down = torch.tensor([0, 2, -1]), torch.tensor([1, -1, 7])
+    assert torch.autograd.gradcheck(lambda given: augment.translate(given, right, down), images)
+    assert torch.autograd.gradgradcheck(lambda given: augment.translate(given, right, down).square(), images)
+
+
+def test_a_move_that_comes_alone_is_by_whole_pixels_and_changes_no_other_draw() -> None:
+    ones = torch.ones(64, 1, 16, 16)
+    view = policy.View(16, translate=0.25)
+    moved = view(ones, torch.Generator().manual_seed(0))
+    assert set(moved.flatten().tolist()) == {0.0, 1.0}
+    assert 4 < moved.mean((1, 2, 3)).unique().numel() < 26, "each by its own draw, up to four pixels"
+    after = [torch.Generator().manual_seed(0) for _ in range(2)]
+    view(ones, after[0])
+    replace(view, rotate=1.0)(ones, after[1])
+    assert torch.equal(after[0].get_state(), after[1].get_state())
 
 
 def test_a_chain_of_colour_changes_is_torchvisions(images: torch.Tensor) -> None:

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -80,12 +81,13 @@ class Ran:
 
 def train(
     partners: Partners, body: dict[str, Any], facts: DatasetFacts, folder: Path, world: int, *, hooked: bool = False,
-    wish: Callable[[Message], str | None] = lambda _: None, **given: Any,
+    wish: Callable[[Message], str | None] = lambda _: None, plan: Plan | None = None, **given: Any,
 ) -> Ran:  # fmt: skip
     heard = sets.Heard(wish)
     order = sets.order(body, facts, folder, processes=world, **given)
     turns = [
-        Turn(order=order, rank=rank, world=world, store=str(folder / "store"), hooked=hooked) for rank in range(world)
+        Turn(order=order, plan=plan, rank=rank, world=world, store=str(folder / "store"), hooked=hooked)
+        for rank in range(world)
     ]
     # The first one decodes and caches; the others find it done.
     assembly.assemble(order, sets.Heard().reporter)
@@ -162,6 +164,36 @@ def test_two_processes_compare_views_as_one(
     one, two = (train(partners, body, many, tmp_path / str(world), world) for world in (1, 2))
     assert ("probe/effective_rank", 25) in one.curve(), "features that both computed in turn"
     assert_same_run(one, two)
+
+
+def test_two_processes_see_sixteen_bits_as_one(partners: Partners, tmp_path: Path) -> None:
+    wide = {split: (pixels.astype(np.uint16) * 257, labels) for split, (pixels, labels) in sets.digits(700, 60).items()}
+    facts, body = sets.write_set(tmp_path / "set", wide), classification({"params": {"augmentation": "light"}})
+    one, two = (train(partners, body, facts, tmp_path / str(world), world) for world in (1, 2))
+    assert_same_run(one, two)
+
+
+def test_two_processes_compute_activations_twice_without_counting_a_batch_twice(
+    partners: Partners, many: DatasetFacts, tmp_path: Path
+) -> None:
+    training = {"epochs": 5, "batch_size": 128, "learning_rate": 0.05, "gradient_clip": 10.0, **SGD}
+    body = {**sets.spec("simclr"), "model": sets.NETWORK, "training": training}
+    plain = train(partners, body, many, tmp_path / "plain", 2)
+    less = plain.plan.model_copy(update={"checkpoint_activations": True})
+    assert_same_run(plain, train(partners, body, many, tmp_path / "twice", 2, plan=less))
+
+
+def test_norms_whose_gradient_is_penalised_are_ours_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own has no second derivative."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    for opposed, wanted in ((False, nn.SyncBatchNorm), (True, distributed._SynchronisedBatchNorm)):
+        if opposed:
+            cast(Any, network).opponents = {"one": ("0",), "other": ("1",)}
+        distributed.synchronise_norms(network, "cuda")
+        assert type(network[1]) is wanted
+        distributed.separate_norms(network)
+        assert type(network[1]) is nn.BatchNorm2d
 
 
 def test_two_processes_take_turns_between_objectives_as_one(

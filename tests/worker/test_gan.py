@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
+from tests.worker.forked import in_two_processes
+from tests.worker.unordered import unordered
 from worker import evaluate, loop
 from worker.checkpoint import Checkpoints
-from worker.parts import compute, metrics, optim
+from worker.parts import compute, distributed, metrics, optim
 from worker.parts.seed import reseed
 from worker.pretrain import gan
 from worker.recipe import Progress
@@ -68,6 +70,24 @@ def test_r1_is_the_squared_slope() -> None:
     weight = cast(nn.Linear, network[3]).weight
     assert weight.grad is not None
     assert weight.grad.abs().sum() > 0, "the penalty trains"
+
+
+def test_the_penalty_of_two_processes_trains_as_that_of_one(tmp_path: Path) -> None:
+    """Also with what it has to say through batch norm, whose statistics both share."""
+    images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def gradients(part: Tensor) -> list[float]:
+        reseed(2)
+        network = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(144, 1, bias=False)
+        )
+        distributed.synchronise_norms(network, "cpu")
+        gan.r1_penalty(lambda given: network(given).squeeze(1), part).backward()
+        return [slope for weight in network.parameters() for slope in cast(Tensor, weight.grad).flatten().tolist()]
+
+    halves = in_two_processes(lambda rank: gradients(images[8 * rank : 8 * rank + 8]), tmp_path)
+    found, expected = torch.tensor(halves).mean(0), torch.tensor(gradients(images))
+    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-3)
 
 
 @pytest.mark.parametrize("network", [sets.NETWORK, {"architecture": "small_vit", "depth": 1, "width": 24}])
@@ -132,6 +152,7 @@ def test_what_the_discriminator_sees_is_augmented_and_differentiable(digits: Dat
         seen = module._augmented(images)
         assert seen.shape == images.shape
         assert not torch.equal(seen, images)
+        assert unordered(seen.sum()) == [], "a run on a GPU would not repeat"
         seen.square().sum().backward()
         assert images.grad is not None
         assert images.grad.abs().sum((1, 2, 3)).min() > 0

@@ -6,7 +6,7 @@ what is linear in colour (brightness, contrast, saturation, greyscale) one 3x3 m
 clamped between the steps of a chain, only at its end.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,47 @@ def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, *, padding: in
         flip: bool [batch].
         padding: width of the reflected border, less than the height and the width.
     """
-    batch, channels, height, width = images.shape
+    batch, _, height, width = images.shape
     rows = _reflect(torch.arange(height, device=images.device) + (top - padding)[:, None], height)  # [batch, height]
     columns = torch.arange(width, device=images.device).expand(batch, width)
     columns = torch.where(flip[:, None], width - 1 - columns, columns)
     columns = _reflect(columns + (left - padding)[:, None], width)  # [batch, width]
-    images = images.gather(2, rows[:, None, :, None].expand(batch, channels, height, width))
-    return images.gather(3, columns[:, None, None, :].expand(batch, channels, height, width))
+    return _taken(images, rows, columns)
+
+
+def _taken(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Put images together from their own rows, int64 [batch, height], and columns, int64 [batch, width]."""
+    images = images.gather(2, rows[:, None, :, None].expand(images.shape))
+    return images.gather(3, columns[:, None, None, :].expand(images.shape))
+
+
+def translate(images: Tensor, right: Tensor, down: Tensor) -> Tensor:
+    """Move images by whole pixels, zeros outside; keeps the size and the dtype.
+
+    Args:
+        images: [batch, channels, height, width].
+        right, down: int64 [batch].
+    """
+    return cast(Tensor, _Translation.apply(images, right, down))
+
+
+class _Translation(torch.autograd.Function):
+    """Its gradient is moved back, which CUDA does in one order; that of `grid_sample` it sums in another every time."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, right: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(right, down)
+        height, width = images.shape[2:]
+        rows = torch.arange(height, device=images.device) - down[:, None]
+        columns = torch.arange(width, device=images.device) - right[:, None]
+        moved = _taken(images, rows.clamp_(0, height - 1), columns.clamp_(0, width - 1))
+        tall, wide = torch.full_like(down, height), torch.full_like(right, width)
+        return moved.masked_fill_(~inside_box(images, down, right, tall, wide), 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        right, down = ctx.saved_tensors
+        return translate(gradients[0], -right, -down), None, None
 
 
 def upside_down(images: Tensor, flip: Tensor) -> Tensor:

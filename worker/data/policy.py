@@ -41,7 +41,7 @@ class View:
     brightness, contrast, saturation, hue
         half-widths as in v2 ColorJitter, applied together with probability `jitter`.
     rotate, translate, zoom, shear
-        degrees, part of the side, factor around 1, degrees.
+        degrees, part of the side (whole pixels where it comes alone), factor around 1, degrees.
     erase
         probability of erasing a box of 2 to 33 % of the area.
     """
@@ -98,13 +98,13 @@ class View:
 
     def _affine(self, images: Tensor, generator: Generator) -> Tensor:
         batch, side = len(images), images.shape[3]
-        return augment.affine(
-            images,
-            uniform(batch, -self.rotate, self.rotate, generator),
-            torch.stack([uniform(batch, -1, 1, generator) for _ in "xy"], 1) * (self.translate * side),
-            uniform(batch, 1 - self.zoom, 1 + self.zoom, generator),
-            uniform(batch, -self.shear, self.shear, generator),
-        )
+        angle = uniform(batch, -self.rotate, self.rotate, generator)
+        moved = torch.stack([uniform(batch, -1, 1, generator) for _ in "xy"], 1) * (self.translate * side)
+        scale = uniform(batch, 1 - self.zoom, 1 + self.zoom, generator)
+        shear = uniform(batch, -self.shear, self.shear, generator)
+        if self.rotate or self.zoom or self.shear:
+            return augment.affine(images, angle, moved, scale, shear)
+        return augment.translate(images, *moved.round().long().unbind(1))
 
     def _resample(self, images: Tensor, generator: Generator) -> Tensor:
         batch, _, height, width = images.shape

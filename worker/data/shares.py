@@ -35,7 +35,7 @@ class Share:
         self._whole = (
             self._world > 1
             and data.prepare is not None
-            and not self._draws_by_sample(data, data.prepare, without_labels=without_labels)
+            and not self._draws_by_sample(data, without_labels=without_labels)
         )
         self._data = data
         if self._world > 1 and data.prepare is not None:
@@ -63,16 +63,17 @@ class Share:
 
         return prepared
 
-    def _draws_by_sample(self, data: Data, prepare: Prepare, *, without_labels: bool) -> bool:
+    def _draws_by_sample(self, data: Data, *, without_labels: bool) -> bool:
         if self._micro // self._world < LEAST:
             return False
-        rows = torch.arange(min(LEAST, len(data.train)))
+        rows, cpu = torch.arange(min(LEAST, len(data.train))), torch.device("cpu")
+        batch = {name: value.cpu() for name, value in data.train.batch(rows).items()}  # a resident set's is on the GPU
         try:
             with _SharedDraws(len(rows) * self._world, 0, self._world):
-                batch = data.train.batch(rows)
-                prepare(batch, generator(0, "trial"))
+                data.ready(batch, cpu, generator(0, "trial"))
                 if without_labels:
-                    prepare({name: value for name, value in batch.items() if name != "label"}, generator(0, "trial"))
+                    unlabelled = {name: value for name, value in batch.items() if name != "label"}
+                    data.ready(unlabelled, cpu, generator(0, "trial"))
         except _MixesSamples:
             return False
         return True

@@ -90,17 +90,13 @@ class _Gather(torch.autograd.Function):
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004 (autograd's argument)
-        return _averaged(tensor)
+        total = tensor.contiguous().clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
-        return _averaged(gradients[0])
-
-
-def _averaged(tensor: Tensor) -> Tensor:
-    total = tensor.detach().contiguous().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+        return mean(gradients[0])  # through itself, because a penalty on gradients (R1) has a gradient too
 
 
 def all_gather(tensor: Tensor) -> Tensor:
@@ -197,7 +193,7 @@ def without_averaging(module: nn.Module, *, when: bool) -> AbstractContextManage
 
 
 class _SynchronisedBatchNorm(_BatchNorm):
-    """Batch norm over the batches of all processes; torch's own knows GPUs only."""
+    """Batch norm over the batches of all processes; torch's own knows GPUs only, and its gradient has none."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -231,7 +227,8 @@ def synchronise_norms(module: nn.Module, device: str) -> None:
     """Let every batch norm see the whole batch. In place, because an objective may hold its layers twice."""
     if world_size() == 1:
         return
-    wanted = nn.SyncBatchNorm if device == "cuda" else _SynchronisedBatchNorm
+    # torch's own keeps less for the backward pass. Opponents may be held apart by a penalty on gradients.
+    wanted = nn.SyncBatchNorm if device == "cuda" and not hasattr(module, "opponents") else _SynchronisedBatchNorm
     for each in module.modules():
         if isinstance(each, _BatchNorm) and not isinstance(each, nn.SyncBatchNorm | _SynchronisedBatchNorm):
             norm = cast(Any, each)

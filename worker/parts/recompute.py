@@ -39,12 +39,13 @@ def recompute_stages(backbone: nn.Module) -> None:
 def _again(stage: Stage) -> Iterator[None]:
     """Let a stage run a second time over the same batch without its batch norms counting it twice.
 
-    They have to save the same tensors as the first time, so the statistics are moved by a part of zero.
+    They have to save the same tensors as the first time, so the statistics are moved by a part of zero, and what counts
+    the batches is a copy.
     """
     norms = [module for module in stage.modules() if isinstance(module, _BatchNorm) and module.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, (_, count) in zip(norms, before, strict=True):
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
     try:
         yield
     finally:
