@@ -12,6 +12,7 @@ from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
 from tests.worker import sets
 from tests.worker.forked import in_two_processes
+from tests.worker.unordered import unordered
 from worker.parts import other_sizes
 from worker.parts.architectures import facts
 from worker.parts.backbones import build_backbone
@@ -185,6 +186,16 @@ def test_a_vits_positions_are_interpolated() -> None:
     assert square[:, 3, 0].tolist() == pytest.approx(torch.linspace(-1, 1, 8).tolist(), abs=0.02)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(other_sizes.features_of(vit, images), vit(images))
+
+
+def test_positions_are_interpolated_as_by_torch_with_a_gradient_that_repeats() -> None:
+    square = torch.randn(1, 5, 6, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for side in (1, 3, 4, 9):
+        expected = nn.functional.interpolate(square, size=(side, side), mode="bicubic", align_corners=True)
+        with torch.autocast("cpu"):
+            found = other_sizes._resized(square, side)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert (unordered(found.sum()), unordered(expected.sum())) == ([], ["UpsampleBicubic2DBackward0"])
 
 
 def test_without_small_crops_the_large_ones_begin_smaller() -> None:

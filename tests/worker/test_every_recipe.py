@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from app.domain.datasets import DatasetFacts
 from app.domain.spec import Spec
 from tests.worker import sets
+from tests.worker.unordered import unordered
 from worker import catalogue, evaluate, loop
 from worker.checkpoint import Checkpoints
 from worker.parts import backbones, compute
@@ -119,6 +120,7 @@ def test_one_step_gives_a_finite_loss_and_every_gradient(recipe: Recipe, digits:
     made = make(recipe, digits, tmp_path)
     begun(made)
     loss = losses_of(made)["loss"]
+    assert unordered(loss) == [], "a run on a GPU would not repeat"
     loss.backward()
     assert loss.isfinite()
     for name, parameter in made.objective.named_parameters():

@@ -77,6 +77,23 @@ def test_a_network_without_batch_norm_is_given_back() -> None:
     assert folded(network, torch.randn(2, 3, 32, 32)) is network
 
 
+def test_both_are_compared_without_rounding_to_tf32() -> None:
+    network, seen = settled("resnet18"), list[tuple[str, bool]]()
+
+    def look(*_: object) -> None:
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+
+    network.register_forward_pre_hook(look)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        folded(network, torch.randn(2, 3, 32, 32))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen[-2:] == [("highest", False)] * 2
+
+
 class Twice(nn.Module):
     """Uses the map before its norm a second time."""
 

@@ -1,6 +1,7 @@
 """Whole orders: from a spec and shards to a model, what a resumed attempt keeps, and how each failure is classed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from app.domain.datasets import DatasetFacts
 from app.domain.models import ModelConfig
 from tests.worker import sets
 from worker.finetune import image_classification
+from worker.loop import Result
 from worker.parts.networks import load_network
 from worker.report import BaseModelInput, Event, Finished, Metrics, Planned, Saved
-from worker.trainer import __main__, local, process
+from worker.trainer import __main__, assembly, local, process, training
 
 pytestmark = pytest.mark.worker
 
@@ -24,6 +26,29 @@ def base_of(order: Any, last: Finished) -> BaseModelInput:
     return BaseModelInput(
         id="mdl_base", config=last.model.config, weights=str(Path(order.scratch) / "model" / "model.safetensors")
     )
+
+
+def test_test_figures_are_those_of_float32_that_no_gpu_has_rounded(digits: DatasetFacts, tmp_path: Path) -> None:
+    order, reporter = sets.order(sets.spec(), digits, tmp_path), sets.Heard().reporter
+    made, seen = assembly.assemble(order, reporter), list[str]()
+    objective: Any = made.objective
+    evaluate = objective.evaluate
+
+    def look(batch: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return evaluate(batch)
+
+    objective.evaluate = look
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        result = Result("succeeded", "epochs", 1, 1, {}, None, 1.0, 1.0)
+        as_planned = replace(made, plan=made.plan.model_copy(update={"device": "cuda"}))  # on the CPU all the same
+        training._finish(as_planned, result, order, reporter)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen[:-1]) == {"high"}
+    assert seen[-1] == "highest", "the one batch of the test split"
 
 
 def test_what_happens_in_which_order(digits: DatasetFacts, tmp_path: Path) -> None:

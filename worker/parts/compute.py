@@ -1,7 +1,8 @@
 """How a plan's choices reach torch: threads, matmul precision, autocast, memory layout, determinism."""
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,40 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def settle(plan: Plan) -> None:
-    """Set what is global in torch."""
+    """Set what is global in torch, whatever another plan has set before."""
     torch.set_num_threads(plan.threads)
     torch.set_float32_matmul_precision(plan.float32_matmul)
+    ordered = plan.device == "cuda" and plan.deterministic
     if plan.device == "cuda":
         torch.backends.cudnn.allow_tf32 = plan.float32_matmul != "highest"
         torch.backends.cudnn.benchmark = not plan.deterministic
-        if plan.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            # What has no deterministic form (few backward passes, none in common networks) runs and warns.
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if ordered:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if torch.are_deterministic_algorithms_enabled() != ordered:  # saying so imports Inductor's settings
+        # What has no deterministic form runs and warns; the steps of our recipes have nothing of the kind.
+        torch.use_deterministic_algorithms(ordered, warn_only=True)
+    # The fused attentions go backward deterministically only where nothing may merely warn.
+    for fused in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{fused}_sdp")(not ordered)
+
+
+def repeats(plan: Plan) -> bool:
+    """Say whether a run under this plan gives the same bits every time on the same machine."""
+    return plan.device != "cuda" or plan.deterministic
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Let a GPU round no float32 to TF32 for a while, neither in products nor in convolutions."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def autocast(plan: Plan, device: torch.device) -> AbstractContextManager[object]:

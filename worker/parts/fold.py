@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from worker.parts.compute import exact_float32
+
 TOLERANCE = 1e-3  # of the largest output, in float32; more means that the network uses a map in a way not seen here
 
 
@@ -26,7 +28,7 @@ def folded(network: nn.Module, sample: Tensor) -> nn.Module:
     pairs = _pairs(copied, sample)
     if not pairs:
         return network
-    with torch.no_grad(), torch.autocast(sample.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(sample.device.type, enabled=False), exact_float32():
         expected = copied(sample)
         for convolution, norm in pairs:
             weight, bias = fuse_conv_bn_weights(

@@ -51,9 +51,21 @@ def _tokens(vit: tv.VisionTransformer, images: Tensor) -> Tensor:
     side = images.shape[-1] // vit.patch_size
     before = round((whole.shape[1] - 1) ** 0.5)
     square = whole[:, 1:].transpose(1, 2).unflatten(2, (before, before))
-    resized = nn.functional.interpolate(square.float(), size=(side, side), mode="bicubic", align_corners=True)
+    resized = _resized(square, side)
     tokens = tokens + torch.cat([whole[:, :1], resized.flatten(2).transpose(1, 2)], 1)
     return vit.encoder.ln(vit.encoder.layers(vit.encoder.dropout(tokens)))[:, 0]
+
+
+def _resized(square: Tensor, side: int) -> Tensor:
+    """Interpolate [1, width, before, before] bicubically to [1, width, side, side], float32.
+
+    By two products, because CUDA sums the gradient of torch's own `interpolate` in another order every time.
+    """
+    before = square.shape[-1]
+    unit = torch.eye(before, device=square.device)[None, None]
+    line = nn.functional.interpolate(unit, size=(side, before), mode="bicubic", align_corners=True)[0, 0]
+    with torch.autocast(square.device.type, enabled=False):
+        return line @ square.float() @ line.T
 
 
 def takes(backbone: nn.Module, *, channels: int, size: int) -> bool:

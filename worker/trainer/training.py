@@ -1,6 +1,7 @@
 """A job that trains, from its order to the files of its model; also as one of several processes."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from app.domain.errors import JobFault
 from worker import evaluate, loop
 from worker.checkpoint import Checkpoints, Contents
 from worker.loop import Result
-from worker.parts import distributed
+from worker.parts import compute, distributed
 from worker.parts.export import Card, export
 from worker.parts.tuning import Plan
 from worker.report import Finished, MadeModel, Metrics, Order, Reporter
@@ -93,7 +94,9 @@ def _finish(made: Assembly, result: Result, order: Order, reporter: Reporter) ->
         # in ten thousand over a boundary.
         plan = made.plan.model_copy(update={"precision": "float32"}) if split == "test" else made.plan
         ticker = Ticker(reporter, f"evaluate {split}", fraction=1.0)
-        found = evaluate.outputs(made.objective, source, made.data, plan, made.device, ticker)
+        plain = compute.exact_float32() if split == "test" and plan.device == "cuda" else nullcontext()
+        with plain:
+            found = evaluate.outputs(made.objective, source, made.data, plan, made.device, ticker)
         numbers = {f"{split}/{name}": value for name, value in evaluate.measure(found).items()}
         metrics |= numbers
         details[split] = evaluate.details(found, made.info.classes)

@@ -1,0 +1,65 @@
+"""What a plan sets in torch for the whole process, and that the next plan undoes it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.domain.spec import Training
+from tests.worker import objectives
+from worker.parts import compute
+from worker.parts.tuning import Plan
+
+pytestmark = pytest.mark.worker
+ON_CPU = objectives.plan(Training())
+ON_GPU = ON_CPU.model_copy(update={"device": "cuda", "float32_matmul": "high"})
+
+
+@pytest.fixture(autouse=True)
+def undone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    yield
+    compute.settle(ON_GPU)
+    compute.settle(ON_CPU)
+
+
+def attention() -> str:
+    """Name the backward pass of an attention."""
+    rows: Tensor = torch.randn(1, 2, 8, 16, requires_grad=True)
+    made = torch.nn.functional.scaled_dot_product_attention(rows, rows, rows)
+    assert made.grad_fn is not None
+    return made.grad_fn.name()
+
+
+def test_a_run_that_shall_repeat_uses_no_attention_whose_gradient_does_not() -> None:
+    """torch chooses by the same switches on a CPU."""
+    assert "Flash" in attention()
+    compute.settle(ON_GPU)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert "Flash" not in attention()
+    assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("after", [ON_CPU, ON_GPU.model_copy(update={"deterministic": False})], ids=["cpu", "faster"])
+def test_the_next_run_of_a_process_is_not_bound_by_it(after: Plan) -> None:
+    compute.settle(ON_GPU)
+    compute.settle(after)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "Flash" in attention()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_gpu_run_repeats_where_it_was_asked_to() -> None:
+    assert compute.repeats(ON_GPU)
+    assert compute.repeats(ON_CPU.model_copy(update={"deterministic": False}))
+    assert not compute.repeats(ON_GPU.model_copy(update={"deterministic": False}))
+
+
+def test_float32_is_not_rounded_for_a_while() -> None:
+    compute.settle(ON_GPU)
+    with compute.exact_float32():
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
