@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.benchmarks import __main__ as bench_main
-from tests.benchmarks import ours, shares, table
+from tests.benchmarks import ours, pictures, shares, table
 from tests.benchmarks.naive import small_vgg
 from tests.benchmarks.pairs import Bench, Compare, Pair, Quality, Workload
 from tests.benchmarks.stopwatch import INSIDE, OUTSIDE, REST, Stopwatch
@@ -30,6 +30,19 @@ def one(compare: Compare, goal: float, found: list[Pair]) -> Workload:
         yield from found
 
     return Workload("one", "s", goal, compare, run)
+
+
+def test_a_rate_waits_for_the_gpu_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: told.append("wait"))
+
+    def step(number: int) -> int:
+        told.append(f"step {number}")
+        return 1
+
+    pictures._rate(step, 0.0)
+    assert told == ["step 0", "step 1", "step 2", "wait", "step 3", "wait"]
 
 
 @pytest.mark.parametrize(("channels", "size", "width"), [(3, 32, 1.0), (3, 32, 0.5), (1, 8, 1.0), (1, 28, 0.25)])

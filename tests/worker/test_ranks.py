@@ -18,7 +18,7 @@ from tests.worker import sets
 from tests.worker.objectives import Hungry
 from tests.worker.partner import MLP, SGD
 from worker.report import Message, Planned, Saved
-from worker.trainer import assembly, devices
+from worker.trainer import assembly, devices, training
 
 pytestmark = pytest.mark.worker
 
@@ -118,6 +118,39 @@ def test_a_job_gets_a_process_for_each_gpu_and_not_more(
     order = sets.order({**job(), "resources": {"gpus": 3}}, many, tmp_path)
     with pytest.raises(ResourceFault, match="3 GPUs are wanted, and this worker gives 2"):
         devices.choose_processes(assembly.read_spec(order.spec)[0], order, cuda)
+
+
+def test_what_draws_without_a_generator_is_seeded_on_the_gpu_of_the_job(
+    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda:1", "cuda"):
+        order = sets.order(job(), many, tmp_path, device=name)
+        assert devices.choose_device(assembly.read_spec(order.spec)[0], order) == torch.device(name)
+    assert chosen == [torch.device("cuda:1")]
+
+
+@pytest.mark.long
+def test_out_of_memory_of_a_coupled_loss_computes_activations_twice_in_all(
+    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def assemble(*given: Any, **named: Any) -> Any:
+        made = assembly.assemble(*given, **named)
+        if not made.plan.checkpoint_activations:
+            made.objective.forward = starve
+        return made
+
+    def starve(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "assemble", assemble)
+    body = {**job(epochs=1, batch_size=128), "recipe": "simclr", "model": sets.NETWORK}
+    heard, last = sets.finished(sets.order(body, many, tmp_path, processes=2))
+    assert last.outcome == "succeeded"
+    assert [message.plan["checkpoint_activations"] for message in heard.of(Planned)] == [False, True]
+    assert children() == []
 
 
 def test_an_uneven_batch_is_refused_and_the_message_says_what_would_do(many: DatasetFacts, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from worker import checkpoint
 from worker.data.encoded import Encoded
 from worker.report import Event, Order, Planned, Saved
 from worker.trainer import assembly, devices, training
+from worker.trainer.trouble import is_out_of_memory
 
 pytestmark = pytest.mark.worker
 
@@ -289,6 +290,12 @@ def test_what_was_decoded_needs_the_shards_no_more(own: DatasetFacts, tmp_path: 
     assert "data.decoded" in heard.codes()
     damaged = hashlib.sha256((tmp_path / "set" / NAME).read_bytes()).hexdigest()
     assert damaged not in {shard.sha256 for shard in own.shards}
+
+
+def test_what_a_library_of_the_gpu_cannot_allocate_is_out_of_memory_too() -> None:
+    message = "CUDA error: {} when calling `cublasCreate(handle)`"
+    assert is_out_of_memory(RuntimeError(message.format("CUBLAS_STATUS_ALLOC_FAILED")))
+    assert not is_out_of_memory(RuntimeError(message.format("CUBLAS_STATUS_INVALID_VALUE")))
 
 
 def test_the_events_of_trouble_are_warnings(

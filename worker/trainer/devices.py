@@ -30,7 +30,10 @@ def choose_device(spec: Spec, order: Order) -> torch.device:
             f"The GPU of this worker ({order.device}) does not answer.", code="device_lost",
             hint="Look at its driver (nvidia-smi); another worker may go on.",
         )  # fmt: skip
-    return torch.device(order.device)
+    device = torch.device(order.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # what draws without a generator is seeded where that is
+    return device
 
 
 def choose_processes(spec: Spec, order: Order, device: torch.device) -> int:

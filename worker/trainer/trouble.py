@@ -13,7 +13,9 @@ from worker.trainer import measure
 from worker.trainer.assembly import Assembly
 
 TRACE_LINES = 30
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "status_alloc_failed",
+)  # fmt: skip
 
 
 def with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Plan:
