@@ -49,7 +49,10 @@ class Settings(BaseSettings):
     progress_seconds: float = Field(600, gt=0, description="A trainer without progress this long is hung.")
     drain_seconds: float = Field(25, gt=0, description="How long a draining worker waits for checkpoints.")
     blob_grace_seconds: float = Field(24 * 3600, ge=0, description="Unreferenced blobs are kept this long.")
-    cache_bytes: int = Field(50 * 2**30, ge=0, description="Disk budget of decoded images and features on a worker.")
+    cache_bytes: int = Field(
+        50 * 2**30, ge=0,
+        description="Disk budget of decoded images and features on a worker; copies of inputs may take as much again.",
+    )  # fmt: skip
     max_attempts: int = Field(20, ge=1, description="Attempts before a job fails for good.")
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""When a disk is full, as the many ways to write say it. Torch-free."""
+"""When a disk is full, as the many ways to write say it, and how much is how much. Torch-free."""
 
 import errno
 
@@ -11,3 +11,12 @@ def is_full(error: BaseException) -> bool:
         return error.errno in _FULL
     text = str(error)  # safetensors gives the system's message only as text
     return any(f"os error {code}" in text for code in _FULL) or "StorageFull" in text
+
+
+def amount(count: float) -> str:
+    """Give bytes in decimal units, as disks are sold: `1.2 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

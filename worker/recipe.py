@@ -168,6 +168,7 @@ class Objective(Protocol):
     frozen_prefix                    nn.Module or None: what comes first and never trains. The loop calls it once per
                                      sample (and view), in eval mode, keeps the output in bf16, and hands over batches
                                      with "prefix" [batch, …] in place of "image". None where `inputs` mixes samples
+    no_prefix                        str or None: why frozen layers are no `frozen_prefix`, for the plan's reasons
     sample_weights(labels)           [samples] -> [samples] or None: how often each row is drawn, asked for at every
                                      epoch's start; None is each row once per epoch
     labelled_part(step) -> 0 to 1    the part of that step's batch that is drawn from rows with a label; the others come

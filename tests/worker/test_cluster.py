@@ -81,7 +81,7 @@ def test_more_than_there_are(
     assert isinstance(last, Failed)
     assert last.error.fault == "user"
     assert says in last.error.message
-    assert not (tmp_path / "cache" / "features").exists()
+    assert not list((tmp_path / "cache" / "shelf").glob("features*"))
 
 
 def points(rows: int = 120) -> torch.Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import models, sets
+from worker.parts import machine
 from worker.parts.networks import load_network
 from worker.report import BaseModelInput, Failed, Finished, Metrics, Order, Planned
 from worker.trainer import __main__, application, local
@@ -95,7 +96,7 @@ def test_features_are_computed_once_and_only_for_the_same_weights(
 ) -> None:
     first = order(digits, tmp_path, model)
     done(first)
-    kept = sorted(path.name for path in (tmp_path / "cache" / "features").iterdir() if not path.name.startswith("."))
+    kept = sorted(path.name for path in (tmp_path / "cache" / "shelf").glob("features*"))
     before = read(first)
     stamps = _stamps(tmp_path)
     done(first)
@@ -108,13 +109,24 @@ def test_features_are_computed_once_and_only_for_the_same_weights(
     changed = order(digits, tmp_path, other)
     done(changed)
     assert not np.allclose(matrix(read(changed)), matrix(before))
-    now = {path.name for path in (tmp_path / "cache" / "features").iterdir() if not path.name.startswith(".")}
+    now = {path.name for path in (tmp_path / "cache" / "shelf").glob("features*")}
     assert now > set(kept)
     assert len(now) == 2 * len(kept) == 4
 
 
+def test_features_of_another_torch_are_not_found(
+    digits: DatasetFacts, model: BaseModelInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = order(digits, tmp_path, model)
+    done(given)
+    there = {**machine.fingerprint("cpu"), "torch": "another"}
+    monkeypatch.setattr(machine, "fingerprint", lambda _: there)
+    done(given)
+    assert len(_stamps(tmp_path)) == 4
+
+
 def _stamps(folder: Path) -> list[int]:
-    return sorted(path.stat().st_mtime_ns for path in (folder / "cache" / "features").glob("[!.]*/values"))
+    return sorted(path.stat().st_mtime_ns for path in (folder / "cache" / "shelf").glob("features*/values"))
 
 
 def test_a_cache_without_room_changes_nothing(digits: DatasetFacts, model: BaseModelInput, tmp_path: Path) -> None:
@@ -146,7 +158,7 @@ def test_another_wish_ends_it_between_two_batches(
     assert last.outcome == outcome
     assert seen == [0, 20], "nothing goes on after the wish"
     assert (last.files, last.result) == ((), None)
-    assert not list((tmp_path / "cache" / "features").glob("[!.]*")), "half of the features is not kept"
+    assert not list((tmp_path / "cache" / "shelf").glob("*features*[!k]")), "half of the features is not kept"
 
 
 def test_grey_and_colour_labelled_or_not_and_a_single_image(tmp_path: Path) -> None:
@@ -178,7 +190,7 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert isinstance(last, Failed)
     assert last.error.fault == "user", last.error
     assert message in last.error.message
-    assert not (tmp_path / "cache" / "features").exists()
+    assert not list((tmp_path / "cache" / "shelf").glob("features*"))
 
 
 def test_without_a_server_a_model_is_a_folder(

@@ -1,7 +1,12 @@
 """The cache of what a frozen prefix gives."""
 
+import fcntl
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,10 +14,12 @@ from torch import nn
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
-from worker.data import features
+from worker import ticker
+from worker.data import features, rows
 from worker.data.features import Features, cache_prefix
 from worker.data.shelf import Shelf
-from worker.report import Planned
+from worker.parts import machine
+from worker.report import Event, Order, Planned, Progress, Reporter
 from worker.trainer.assembly import Assembly, assemble
 
 pytestmark = pytest.mark.worker
@@ -24,20 +31,26 @@ def made(digits: DatasetFacts, tmp_path: Path) -> Assembly:
     return assemble(sets.order(body, digits, tmp_path), sets.Heard().reporter)
 
 
-def cached(made: Assembly, folder: Path, budget: int = 10**9, **given: Any) -> Features | None:
-    options: dict[str, Any] = {"views": 1, "seed": 0, "augmented": False, "key": "k", **given}
-    prefix: nn.Module = made.objective.frozen_prefix  # type: ignore[assignment]
+def cached(made: Assembly, folder: Path, budget: int = 10**9, **given: Any) -> Features:
+    options: dict[str, Any] = {
+        "views": 1, "seed": 0, "augmented": False, "key": ("k",), "plan": made.plan, "reporter": sets.Heard().reporter,
+        **given,
+    }  # fmt: skip
     return cache_prefix(
-        made.data.train, made.data, prefix, plan=made.plan, device=made.device, shelf=Shelf(folder, budget),
-        reporter=sets.Heard().reporter, **options,
-    )  # fmt: skip
+        made.data.train, made.data, prefix_of(made), device=made.device, shelf=Shelf(folder, budget), **options
+    )
+
+
+def prefix_of(made: Assembly) -> nn.Module:
+    prefix = made.objective.frozen_prefix
+    assert isinstance(prefix, nn.Module)
+    return prefix
 
 
 def test_a_row_is_what_the_prefix_gives_to_the_nearest_bfloat16(made: Assembly, tmp_path: Path) -> None:
     found = cached(made, tmp_path / "f")
-    assert found is not None
     rows = torch.tensor([3, 100, 0])
-    prefix: nn.Module = made.objective.frozen_prefix  # type: ignore[assignment]
+    prefix = prefix_of(made)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=made.plan.precision == "bfloat16"):
         expected = prefix.eval()(made.data.ready(made.data.train.batch(rows), made.device)["image"])
     batch = found.batch(rows)
@@ -57,8 +70,6 @@ def test_a_network_that_autocast_computes_low_throughout_is_converted_once(
     before = cached(made, tmp_path / "once")
     monkeypatch.setattr(features, "is_plain", lambda _: False)
     cast_in_every_pass = cached(made, tmp_path / "always")
-    assert before is not None
-    assert cast_in_every_pass is not None
     torch.testing.assert_close(before.values, cast_in_every_pass.values, atol=0.05, rtol=0.05)
 
 
@@ -77,7 +88,6 @@ def test_a_frozen_network_whose_last_maps_are_products_trains_from_its_cache(
 
 def test_views_take_turns_from_epoch_to_epoch(made: Assembly, tmp_path: Path) -> None:
     found = cached(made, tmp_path / "f", views=3, augmented=True)
-    assert found is not None
     rows = torch.tensor([5, 6])
     views = [found.batch(rows, epoch)["prefix"] for epoch in range(6)]
     for epoch in range(3):
@@ -87,15 +97,179 @@ def test_views_take_turns_from_epoch_to_epoch(made: Assembly, tmp_path: Path) ->
 
 def test_the_key_tells_apart_what_differs(made: Assembly, tmp_path: Path) -> None:
     variants: list[dict[str, Any]] = [
-        {}, {}, {"key": "other"}, {"views": 2, "augmented": True}, {"views": 2, "augmented": True, "seed": 1},
+        {}, {}, {"key": ("other",)}, {"views": 2, "augmented": True}, {"views": 2, "augmented": True, "seed": 1},
     ]  # fmt: skip
     for given in variants:
         cached(made, tmp_path / "f", **given)
     assert len(list((tmp_path / "f").glob("[!.]*"))) == 4
 
 
-def test_what_does_not_fit_is_not_cached(made: Assembly, tmp_path: Path) -> None:
-    assert cached(made, tmp_path / "f", budget=1000) is None
+OTHERWISE: dict[str, Any] = {
+    "threads": 2, "memory_format": "contiguous", "small_map_products": False, "precision": "float32",
+    "float32_matmul": "highest", "deterministic": True, "mean": (0.25,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("differs", [*OTHERWISE, "batch size", "torch", "processor", "layers"])
+def test_features_are_found_again_only_where_they_would_be_the_same_to_the_bit(
+    differs: str, made: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {"precision": "bfloat16", "memory_format": "channels_last", "float32_matmul": "medium"}
+    plan = made.plan.model_copy(update={**common, "small_map_products": True, "deterministic": False})
+    assert not cached(made, tmp_path / "f", plan=plan).found
+    assert cached(made, tmp_path / "f", plan=plan).found
+    match differs:
+        case "batch size":
+            monkeypatch.setattr(features, "batch_size", lambda _: 16)
+        case "torch" | "processor":
+            there = {**machine.fingerprint("cpu"), differs: "another"}
+            monkeypatch.setattr(machine, "fingerprint", lambda _: there)
+        case "layers":
+            stages = list(prefix_of(made).children())  # the same weights, by the same names
+            monkeypatch.setattr(type(made.objective), "frozen_prefix", nn.Sequential(*stages, nn.ReLU()))
+        case _:
+            plan = plan.model_copy(update={differs: OTHERWISE[differs]})
+    assert not cached(made, tmp_path / "f", plan=plan).found
+
+
+def test_what_was_cut_short_is_computed_anew(made: Assembly, tmp_path: Path) -> None:
+    before = cached(made, tmp_path).values.clone()
+    (values,) = tmp_path.glob("features-*/values")
+    os.truncate(values, values.stat().st_size - 1)
+    again = cached(made, tmp_path)
+    assert not again.found
+    assert torch.equal(again.values, before)
+    assert cached(made, tmp_path).found
+
+
+def test_a_run_that_waits_for_anothers_features_gives_signs_of_life(
+    made: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(made, tmp_path)
+    (entry,) = tmp_path.glob("features-*")
+    shutil.rmtree(entry)
+    monkeypatch.setattr(ticker, "SECONDS", 0.0)
+    told: list[Progress] = []
+    with (tmp_path / f".{entry.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as one that is just computing them
+
+        def hear(message: Any) -> None:
+            told.append(message)
+            if len(told) == 2:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        with ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(cached, made, tmp_path, reporter=Reporter(listener=hear))
+            done, _ = wait([waits], timeout=20)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert done, "it waits without a word"
+    assert [(message.phase, message.step) for message in told[:2]] == [("features", 1), ("features", 2)]
+
+
+@pytest.mark.parametrize(
+    ("trainable", "params", "views", "says"),
+    [
+        ("head", {}, 1, "run once over each sample"),
+        ("head", {"augmentation": "light"}, 4, "run 4 times over each sample"),
+        ("last:1", {"mixup": 0.2}, 0, "mixup and cutmix make new inputs in every step"),
+        ("gradual", {}, 0, "which layers stand still changes"),
+        ("all", {}, 0, None),
+    ],
+)
+def test_the_plan_says_how_often_frozen_layers_run_and_why(
+    trainable: str, params: dict[str, Any], views: int, says: str | None, digits: DatasetFacts, tmp_path: Path
+) -> None:
+    body = sets.spec(params={"trainable": trainable, **params}, training={"epochs": 10})
+    plan = assemble(sets.order(body, digits, tmp_path), sets.Heard().reporter).plan
+    assert plan.prefix_views == views
+    assert (says or "") in plan.reasons.get("prefix_views", "")
+    assert ("prefix_views" in plan.reasons) == (says is not None)
+    few = sets.spec(params={"trainable": "head", "augmentation": "light"}, training={"epochs": 8})
+    plan = assemble(sets.order(few, digits, tmp_path), sets.Heard().reporter).plan
+    assert plan.prefix_views == 0
+    assert "only 8 epochs" in plan.reasons["prefix_views"]
+
+
+def frozen(folder: Path, facts: DatasetFacts, **given: Any) -> Order:
+    params, training = {"trainable": "head", "augmentation": "light"}, {"epochs": 9, "checkpoint_every": 10}
+    return sets.order(sets.spec(params=params, training=training), facts, folder, **given)
+
+
+def test_without_room_the_plan_says_so_before_it_is_committed_and_another_host_with_room_goes_by_it(
+    digits: DatasetFacts, tmp_path: Path
+) -> None:
+    cramped = frozen(tmp_path / "cramped", digits, cache_bytes=100)
+    heard, _ = sets.finished(cramped)
+    (planned,) = heard.of(Planned)
+    (event,) = [event for event in heard.of(Event) if event.code == "features.not_cached"]
+    assert heard.messages.index(event) < heard.messages.index(planned)
+    assert planned.plan["prefix_views"] == 0
+    assert "TUNEYARD_CACHE_BYTES allows 100 B" in planned.plan["reasons"]["prefix_views"]
+    assert planned.plan["reasons"]["prefix_views"] in event.message
+    assert event.data["bytes"] > 100
+    assert " kB, and" in event.message
+    roomy = frozen(tmp_path / "roomy", digits, plan=planned.plan, attempt=2, fingerprint=planned.fingerprint)
+    heard, _ = sets.finished(roomy)
+    assert "features.cached" not in heard.codes()
+    assert sets.weights_sha256(roomy) == sets.weights_sha256(cramped)
+
+
+def test_a_later_attempt_without_room_computes_what_the_plan_says(
+    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = frozen(tmp_path / "whole", digits)
+    heard, _ = sets.finished(whole)
+    planned = heard.of(Planned)[0]
+    assert planned.plan["prefix_views"] == 4
+    path = sets.killed_at(20, frozen(tmp_path / "cut", digits))
+    given: dict[str, Any] = {"plan": planned.plan, "attempt": 2, "fingerprint": planned.fingerprint, "checkpoint": path}
+    cramped = frozen(tmp_path / "cramped", digits, cache_bytes=100, **given)
+    heard, _ = sets.finished(cramped)
+    assert heard.of(Planned)[0].exact
+    assert sets.weights_sha256(cramped) == sets.weights_sha256(whole), "its views are held in memory"
+    monkeypatch.setattr(rows, "MEMORY_PART", 10**30)
+    _, last = sets.failed(frozen(tmp_path / "small", digits, cache_bytes=100, **given))
+    assert (last.error.fault, last.error.code) == ("resource", "disk_full")
+    assert "TUNEYARD_CACHE_BYTES allows 100 B" in last.error.message
+
+
+def test_images_and_features_share_one_budget(digits: DatasetFacts, tmp_path: Path) -> None:
+    order = frozen(tmp_path, digits)
+    sets.finished(order)
+    kept = {path.name: sum(file.stat().st_size for file in path.iterdir())
+            for path in (Path(order.cache) / "shelf").glob("[!.]*")}  # fmt: skip
+    assert {name.partition("-")[0] for name in kept} == {"images", "features"}
+    budget = sum(kept.values()) - 1
+    heard, _ = sets.finished(frozen(tmp_path / "less", digits, cache_bytes=budget))
+    assert "features.not_cached" in heard.codes()
+    assert "data.streaming" not in heard.codes()
+
+
+def test_the_event_says_what_the_cache_cost_and_what_it_saves(digits: DatasetFacts, tmp_path: Path) -> None:
+    heard, _ = sets.finished(frozen(tmp_path, digits))
+    (made,) = [event for event in heard.of(Event) if event.code == "features.cached"]
+    heard, _ = sets.finished(frozen(tmp_path, digits))
+    (found,) = [event for event in heard.of(Event) if event.code == "features.cached"]
+    assert (made.data["views"], made.data["found"], found.data["found"]) == (4, False, True)
+    assert made.data["seconds_spent"] > 0
+    assert found.data["seconds_spent"] == 0
+    assert found.data["seconds_saved"] > made.data["seconds_saved"] > 0
+    assert ("computed in" in made.message, "found, computed before" in found.message) == (True, True)
+    assert "5 of 9 passes are saved" in made.message
+    assert "9 of 9 passes are saved" in found.message
+
+
+def test_what_is_saved_is_what_a_pass_took_times_the_passes_that_are_not_made() -> None:
+    def one(views: int, seconds: float, *, found: bool) -> Features:
+        labelled = cast(Any, SimpleNamespace(labels=torch.zeros(5)))
+        return Features(torch.zeros(views, 5, 2), labelled, seconds, found=found)
+
+    heard = sets.Heard()
+    features.tell(one(4, 8.0, found=False), one(1, 0.5, found=False), 10, heard.reporter)
+    features.tell(one(4, 8.0, found=True), None, 10, heard.reporter)
+    features.tell(one(1, 8.0, found=False), None, 1, heard.reporter)
+    told = [(event.data["seconds_spent"], event.data["seconds_saved"]) for event in heard.of(Event)]
+    assert told == [(8.5, 6 * 2.0 + 9 * 0.5), (0.0, 20.0), (8.0, 0.0)]
 
 
 def test_a_digest_follows_the_weights() -> None:

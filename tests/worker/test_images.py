@@ -1,8 +1,7 @@
 """Decoded images: once, by one rule, shared safely, within a budget, or while training."""
 
 import hashlib
-import os
-import time
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import torchvision.transforms.v2.functional as v2
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import DataFault
 from tests.worker import sets
-from worker.data import encoded
+from worker.data import encoded, shelf
 from worker.data.images import Images, Streamed, native_size, open_images
 from worker.data.shelf import Shelf
 from worker.data.source import ahead, in_order, part
+from worker.report import Event
 
 pytestmark = pytest.mark.worker
 
@@ -32,10 +32,9 @@ def opened(
     facts: DatasetFacts, cache: Path, split: str = "train", **given: Any
 ) -> tuple[Images | Streamed, sets.Heard]:
     heard = sets.Heard()
-    options: dict[str, Any] = {
-        "image_size": 8, "channels": facts.channels, "cache_bytes": 10**9, "threads": 2, **given
-    }  # fmt: skip
-    return open_images(facts, split, cache=cache, reporter=heard.reporter, **options), heard
+    kept = Shelf(cache / "shelf", given.pop("cache_bytes", 10**9))
+    options: dict[str, Any] = {"image_size": 8, "channels": facts.channels, "threads": 2, **given}
+    return open_images(facts, split, shelf=kept, reporter=heard.reporter, **options), heard
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_a_row_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     facts = facts.model_copy(update={"shards": (shard,)})
     with pytest.raises(DataFault, match=r"train/0\.png \(train row 0\) cannot be decoded"):
         opened(facts, tmp_path)
-    assert list((tmp_path / "images").glob("[!.]*")) == [], "nothing half is left to be found"
+    assert list((tmp_path / "shelf").glob("[!.]*")) == [], "nothing half is left to be found"
 
 
 def test_several_builders_at_once_make_it_once(facts: DatasetFacts, tmp_path: Path) -> None:
@@ -130,43 +129,11 @@ def test_several_builders_at_once_make_it_once(facts: DatasetFacts, tmp_path: Pa
     assert len(totals) == 1
 
 
-def entry(shelf: Shelf, key: str, size: int) -> Path:
-    def make(folder: Path) -> None:
-        (folder / "x").write_bytes(b"\0" * size)
-
-    return shelf.get(key, size, make)
-
-
-def test_the_shelf_lets_go_of_what_was_not_used_for_longest(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, 250)
-    for age, key in ((30, "a"), (20, "b")):
-        os.utime(entry(shelf, key, 100), times=(time.time() - age, time.time() - age))
-    entry(shelf, "a", 100)  # used again: now the youngest
-    entry(shelf, "c", 100)
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a", "c"]
-    assert not shelf.has_room("d", 251)
-    assert shelf.has_room("d", 250)
-
-
-def test_a_builder_that_failed_leaves_nothing(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, 250)
-
-    def fail(folder: Path) -> None:
-        (folder / "x").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        shelf.get("a", 10, fail)
-    assert [path.name for path in tmp_path.glob("[!.]*")] == []
-    assert not list(tmp_path.glob(".a.[0-9]*"))
-    assert (entry(shelf, "a", 10) / "x").stat().st_size == 10
-
-
-@pytest.mark.parametrize("name", ["pixels", "labels"])
+@pytest.mark.parametrize("name", ["pixels", "labels", "moments"])
 def test_a_cache_that_was_cut_short_is_made_anew(name: str, facts: DatasetFacts, tmp_path: Path) -> None:
     first, _ = opened(facts, tmp_path)
     before = first.batch(torch.arange(12))
-    (folder,) = (tmp_path / "images").glob("[!.]*")
+    (folder,) = (tmp_path / "shelf").glob("[!.]*")
     kept = (folder / name).read_bytes()
     (folder / name).unlink()
     (folder / name).write_bytes(kept[:-5])
@@ -178,7 +145,23 @@ def test_a_cache_that_was_cut_short_is_made_anew(name: str, facts: DatasetFacts,
 def test_what_a_run_maps_survives_its_removal(facts: DatasetFacts, tmp_path: Path) -> None:
     found, _ = opened(facts, tmp_path)
     before = found.batch(torch.arange(12))["image"].clone()
-    shelf = Shelf(tmp_path / "images", 10**6)
-    entry(shelf, "other", 10**6)
-    assert [path.name for path in (tmp_path / "images").glob("[!.]*")] == ["other"]
+    Shelf(tmp_path / "shelf", 10**6).get("other", {"x": 10**6}, lambda _: None)
+    assert [path.name for path in (tmp_path / "shelf").glob("[!.]*")] == ["other"]
     assert torch.equal(found.batch(torch.arange(12))["image"], before)
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"), [("budget", "TUNEYARD_CACHE_BYTES allows 1.0 kB"), ("disk", "disk has room for 2.0 kB")]
+)
+def test_streaming_says_how_much_is_wanted_and_which_limit_is_short(
+    limit: str, says: str, facts: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit == "disk":
+        usage = shutil.disk_usage(tmp_path)._replace(free=shelf.FREE_FLOOR_BYTES + 2000)
+        monkeypatch.setattr(shelf.shutil, "disk_usage", lambda _: usage)
+    _, heard = opened(facts, tmp_path, cache_bytes=1000 if limit == "budget" else 10**9)
+    (event,) = heard.of(Event)
+    assert event.code == "data.streaming"
+    assert "would take 2.4 kB, and" in event.message  # 12 x 3 x 8 x 8 bytes, 12 labels, two moments of 3 channels
+    assert says in event.message
+    assert "TUNEYARD_CACHE_BYTES" in event.message

@@ -14,6 +14,7 @@ from tests.worker import sets
 from tests.worker.test_model_card import paste, write_images
 from worker import ingest
 from worker.data.images import Images, Streamed, open_images
+from worker.data.shelf import Shelf
 from worker.data.source import Data, part
 from worker.recipe import Batch
 
@@ -30,8 +31,9 @@ def gradient(channels: int, count: int = 6, size: int = 8) -> np.ndarray:
 
 def opened(facts: DatasetFacts, cache: Path, **given: Any) -> tuple[Images | Streamed, sets.Heard]:
     heard = sets.Heard()
-    options: dict[str, Any] = {"image_size": 8, "channels": facts.channels, "cache_bytes": 10**9, "threads": 1, **given}
-    return open_images(facts, "train", cache=cache, reporter=heard.reporter, **options), heard
+    shelf = Shelf(cache / "shelf", given.pop("cache_bytes", 10**9))
+    options: dict[str, Any] = {"image_size": 8, "channels": facts.channels, "threads": 1, **given}
+    return open_images(facts, "train", shelf=shelf, reporter=heard.reporter, **options), heard
 
 
 @pytest.fixture(params=[1, 3], ids=["grey", "colour"])
@@ -72,7 +74,7 @@ def test_a_gradient_finer_than_eight_bits_reaches_the_batch(channels: int, facts
 def test_the_cache_keeps_two_bytes_and_is_used_again(channels: int, facts: DatasetFacts, tmp_path: Path) -> None:
     first, heard = opened(facts, tmp_path)
     assert heard.codes() == ["data.decoded"]
-    (folder,) = (tmp_path / "images").glob("[!.]*")
+    (folder,) = (tmp_path / "shelf").glob("[!.]*")
     assert (folder / "pixels").stat().st_size == 6 * channels * 64 * 2
     again, heard = opened(facts, tmp_path)
     assert heard.codes() == ["data.cached"]

@@ -208,7 +208,7 @@ def test_an_unlabelled_set_can_be_pretrained_on_but_not_classified(tmp_path: Pat
 def test_measuring_runs_a_few_steps_and_keeps_nothing(digits: DatasetFacts, tmp_path: Path) -> None:
     body = sets.spec(training={"epochs": 200})
     order = sets.order(body, digits, tmp_path).model_copy(update={"recipe": "measure", "kind": "internal"})
-    others = Path(order.cache) / "images" / "of_another_job" / "pixels"
+    others = Path(order.cache) / "shelf" / "of_another_job" / "pixels"
     others.parent.mkdir(parents=True)
     with others.open("wb") as file:
         file.truncate(10**9)

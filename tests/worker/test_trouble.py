@@ -243,7 +243,7 @@ def test_a_shard_that_changed_before_it_was_read_is_named(
     assert (last.error.fault, last.error.code, last.error.retryable) == ("system", "dataset_changed", True)
     assert NAME in last.error.message
     assert heard.of(Planned) == []
-    assert not list((Path(order.cache) / "images").glob("[!.]*"))
+    assert not list((Path(order.cache) / "shelf").glob("[!.]*"))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

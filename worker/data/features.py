@@ -1,17 +1,18 @@
 """What a frozen prefix makes of every sample, computed once and kept in bfloat16, so that epochs start behind it."""
 
 import hashlib
-import os
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worker.data.shelf import Shelf
+from worker.data.rows import Array, cached_rows, total_bytes
+from worker.data.shelf import Shelf, entry_key
 from worker.data.source import Data, Source, ahead, in_order
-from worker.parts import compute
+from worker.disk import amount
+from worker.parts import compute, machine
 from worker.parts.fold import folded, is_plain
 from worker.parts.seed import generator
 from worker.parts.tuning import Plan
@@ -19,6 +20,11 @@ from worker.recipe import Batch
 from worker.report import Reporter
 from worker.ticker import Ticker
 
+POLICY = "features-1"  # part of every key; changes with what `cache_prefix` does
+# What of a plan decides the bits of a frozen network's output, beside the size of its batches.
+DECIDES = {
+    "threads", "precision", "memory_format", "float32_matmul", "deterministic", "small_map_products", "mean", "std",
+}  # fmt: skip
 VIEWS = 4  # fixed views of each sample where inputs are augmented: more passes would cost more than they bring
 BATCH_PIXELS = 64 * 64 * 64  # of a forward pass: what still fits a processor's caches runs fastest
 
@@ -29,6 +35,8 @@ class Features:
 
     values: Tensor  # bfloat16 [views, rows, …]
     source: Source
+    seconds: float  # that computing them took, now or when they were first wanted
+    found: bool  # computed before
     slow: bool = False
 
     @property
@@ -45,63 +53,115 @@ class Features:
         return {"prefix": self.values[views, rows].float(), "label": self.labels[rows], "index": rows}
 
 
-def view_count(*, augmented: bool, epochs: int) -> int:
-    """Say how many views of each sample are worth caching; 0 is no cache, because epochs would be as cheap."""
-    if not augmented:
-        return 1
-    return VIEWS if epochs > 2 * VIEWS else 0
+def choose_views(
+    prefix: nn.Module, data: Data, plan: Plan, *, augmented: bool, shelf: Shelf, beside: Collection[str],
+    reporter: Reporter,
+) -> tuple[int, str]:  # fmt: skip
+    """Say how many views of each sample are cached, and why; 0 is no cache.
+
+    Args:
+        beside: the entries of the shelf that the run reads as well.
+    """
+    if augmented and plan.epochs <= 2 * VIEWS:
+        return 0, f"{VIEWS} views of each sample would cost {VIEWS} passes, and there are only {plan.epochs} epochs"
+    views = VIEWS if augmented else 1
+    shape = _shape(prefix, plan, torch.device("cpu"))
+    needed = total_bytes(_arrays(views, len(data.train), shape))
+    if data.validation is not None:
+        needed += total_bytes(_arrays(1, len(data.validation), shape))
+    short = shelf.shortage(needed, beside=beside)
+    if short is not None:
+        why = f"what the frozen layers give would take {amount(needed)}, and {short}"
+        reporter.event("features.not_cached", f"The frozen layers run in every epoch: {why}.", bytes=needed)
+        return 0, why
+    times = "once" if views == 1 else f"{views} times"
+    return views, f"the frozen layers run {times} over each sample, not in every epoch"
 
 
 def cache_prefix(
     source: Source, data: Data, prefix: nn.Module, *, views: int, seed: int, augmented: bool, plan: Plan,
-    device: torch.device, key: str, shelf: Shelf, reporter: Reporter,
-) -> Features | None:  # fmt: skip
-    """Compute the prefix's output for every row; None where it would not fit the shelf's budget.
+    device: torch.device, key: Sequence[object], shelf: Shelf, reporter: Reporter,
+) -> Features:  # fmt: skip
+    """Compute the prefix's output for every row, or find it.
 
     Args:
-        key: names the source's pixels, their order and the prefix's weights; the rest is added here.
+        key: names the source's pixels, their order, the architecture and the inputs; the rest is added here.
+
+    Raises:
+        ResourceFault: there is room for it neither on disk nor in memory.
     """
-
     prefix.eval()
-    size = batch_size(plan)
-    first = source.batch(torch.arange(min(2, len(source))))
-    runs = folded(prefix, compute.laid_out(data.ready(first, device), plan)["image"])
-    dtype = torch.float32
-    if runs is not prefix and plan.precision == "bfloat16" and is_plain(runs):
-        dtype = torch.bfloat16
-        runs = runs.to(dtype)
-
-    def forward(batch: Batch, view: int, start: int) -> Tensor:
-        draws = generator(seed, "view", view, start, device=device) if augmented else None
-        ready = compute.laid_out(data.ready(batch, device, draws), plan)
-        return runs(ready["image"].to(dtype)).to(torch.bfloat16).cpu()
-
+    size, rows = batch_size(plan), len(source)
+    arrays = _arrays(views, rows, _shape(prefix, plan, device))
     tick = Ticker(reporter, "features")
-    with torch.inference_mode(), compute.autocast(plan, device):
-        shape = forward(first, 0, 0).shape[1:]
-        rows = len(source)
-        needed = views * rows * shape.numel() * 2
-        name = hashlib.sha256(
-            f"{key}/{views}/{seed if augmented else ''}/{plan.precision}/{tuple(shape)}".encode()
-        ).hexdigest()[:40]
-        if not shelf.has_room(name, needed):
-            return None
 
-        def make(folder: Path) -> None:
-            with (folder / "values").open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(needed, 1))
-            values = torch.from_numpy(np.memmap(folder / "values", np.int16, "r+", shape=(views, rows, *shape)))
+    def fill(arrays: dict[str, Tensor]) -> None:
+        began = time.monotonic()
+        first = source.batch(torch.arange(min(2, rows)))
+        runs = folded(prefix, compute.laid_out(data.ready(first, device), plan)["image"])
+        dtype = torch.float32
+        if runs is not prefix and plan.precision == "bfloat16" and is_plain(runs):
+            dtype = torch.bfloat16
+            runs = runs.to(dtype)
+        with torch.inference_mode(), compute.autocast(plan, device):
             for view in range(views):
                 start = 0
                 for batch_rows, batch in ahead(source, in_order(source, size), view):
-                    made = forward(batch, view, start)
-                    values[view, start : start + len(batch_rows)] = made.view(torch.int16)
+                    draws = generator(seed, "view", view, start, device=device) if augmented else None
+                    ready = compute.laid_out(data.ready(batch, device, draws), plan)["image"]
+                    arrays["values"][view, start : start + len(batch_rows)] = runs(ready.to(dtype)).to(torch.bfloat16)
                     start += len(batch_rows)
                     tick(view * rows + start, views * rows)
+        arrays["seconds"][0] = time.monotonic() - began
 
-        folder = shelf.get(name, needed, make)
-    stored = np.memmap(folder / "values", np.int16, "c", shape=(views, rows, *shape))
-    return Features(torch.from_numpy(stored).view(torch.bfloat16), source)
+    drawn = seed if augmented else None
+    name = key_of(prefix, plan, device, size, views, drawn, arrays["values"].shape, *key)
+    found, made = cached_rows(shelf, name, arrays, fill, tick)
+    return Features(found["values"], source, found["seconds"].item(), found=not made)
+
+
+def tell(train: Features, validation: Features | None, epochs: int, reporter: Reporter) -> None:
+    """Report what the cache cost this run, and how long it spares it."""
+    spent = saved = 0.0
+    for each in (train, validation):
+        if each is not None:
+            spent += 0.0 if each.found else each.seconds
+            saved += each.seconds / len(each.values) * _avoided(each, epochs)
+    how = "was found, computed before" if train.found else f"was computed in {spent:.1f} s"
+    reporter.event(
+        "features.cached",
+        f"What the frozen layers give for {len(train)} samples ({len(train.values)} views each) {how}: "
+        f"{_avoided(train, epochs)} of {epochs} passes are saved, about {saved:.1f} s.",
+        views=len(train.values), samples=len(train), found=train.found, seconds_spent=round(spent, 3),
+        seconds_saved=round(saved, 3),
+    )  # fmt: skip
+
+
+def _avoided(cached: Features, epochs: int) -> int:
+    """Count the passes over the samples that a run of so many epochs is spared."""
+    return max(0, epochs - (0 if cached.found else len(cached.values)))
+
+
+def key_of(network: nn.Module, plan: Plan, device: torch.device, *more: object) -> str:
+    """Name what a frozen network gives, by all that decides its bits: layers, weights, plan and machine.
+
+    Args:
+        more: names the pixels, the architecture, and what is done with them.
+    """
+    how = plan.model_dump(mode="json", include=DECIDES)
+    return entry_key("features", POLICY, digest(network), how, machine.fingerprint(device.type), *more)
+
+
+def _arrays(views: int, rows: int, shape: tuple[int, ...]) -> dict[str, Array]:
+    return {"values": Array(torch.bfloat16, (views, rows, *shape)), "seconds": Array(torch.float64, (1,))}
+
+
+def _shape(prefix: nn.Module, plan: Plan, device: torch.device) -> tuple[int, ...]:
+    """Find the shape of what the prefix gives for one image."""
+    image = torch.zeros(1, plan.channels, plan.image_size, plan.image_size, device=device)
+    with torch.inference_mode():
+        made: Tensor = prefix.eval()(image)
+    return tuple(made.shape[1:])
 
 
 def batch_size(plan: Plan) -> int:
@@ -112,8 +172,8 @@ def batch_size(plan: Plan) -> int:
 
 
 def digest(module: nn.Module) -> str:
-    """Hash the weights of a module, names included."""
-    found = hashlib.sha256()
+    """Hash the layers and weights of a module, names included."""
+    found = hashlib.sha256(repr(module).encode())
     for name, value in sorted(module.state_dict().items()):
         found.update(name.encode())
         found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

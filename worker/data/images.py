@@ -3,22 +3,17 @@
 Where a dataset has images of 16 bits, all its rows are uint16, else uint8.
 """
 
-import hashlib
-import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import count
-from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from app.domain.datasets import SPLITS, DatasetFacts
 from worker.data.encoded import Encoded
-from worker.data.shelf import Shelf
+from worker.data.rows import Array, cached_rows, total_bytes
+from worker.data.shelf import Shelf, entry_key
+from worker.disk import amount
 from worker.recipe import Batch
 from worker.report import Reporter
 from worker.ticker import Ticker
@@ -94,10 +89,9 @@ def _as_kept(moved: Tensor, like: Tensor) -> Tensor:
 
 
 def open_images(
-    facts: DatasetFacts, split: str, *, image_size: int, channels: int, cache: Path, cache_bytes: int, threads: int,
-    reporter: Reporter,
-) -> Images | Streamed:  # fmt: skip
-    """Open one split; its first use at this size decodes it into the cache, which all jobs of the host share.
+    facts: DatasetFacts, split: str, *, image_size: int, channels: int, shelf: Shelf, threads: int, reporter: Reporter
+) -> Images | Streamed:
+    """Open one split; its first use at this size decodes it onto the shelf, which all jobs of the host share.
 
     A split that does not fit the budget or the disk is decoded while training instead, and an event says so.
 
@@ -108,64 +102,34 @@ def open_images(
     """
     rows = facts.splits.get(split, 0)
     first = sum(facts.splits.get(before, 0) for before in SPLITS[: SPLITS.index(split)])  # type: ignore[arg-type]
-    key = _key(facts, split, image_size, channels)
-    needed = rows * channels * image_size**2 * (facts.bits // 8) + rows * 8
-    shelf = Shelf(cache / "images", cache_bytes)
-    made = False
-
-    tick, waits = Ticker(reporter, f"decode {split}"), count(1)
-
-    def make(folder: Path) -> None:
-        nonlocal made
-        made = True
-        _decode_all(Encoded(facts, split), folder, channels, image_size, threads, tick)
-
-    if not shelf.has_room(key, needed):
+    key = entry_key("images", facts.sha256, split, image_size, channels, POLICY, facts.bits)
+    arrays = {
+        "pixels": Array(torch.uint16 if facts.bits == 16 else torch.uint8, (rows, channels, image_size, image_size)),
+        "labels": Array(torch.int64, (rows,)),
+        "moments": Array(torch.float64, (2, channels)),  # mean and deviation
+    }
+    needed = total_bytes(arrays)
+    short = shelf.shortage(needed, key=key)
+    if short is not None:
         reporter.event(
             "data.streaming",
-            f"The decoded {split} split would take {needed / 1e9:.1f} GB, more than this worker may keep: images are "
-            "decoded while training.", split=split, bytes=needed,
+            f"The decoded {split} split would take {amount(needed)}, and {short}: images are decoded while training.",
+            split=split, bytes=needed,
         )  # fmt: skip
         return _stream(facts, split, first, channels, image_size, threads, key)
-    folder = shelf.get(key, needed, make, waiting=lambda: tick(next(waits)))
-    if _size(folder) != (needed - rows * 8, rows * 8):  # cut short: a memory map of it would end in a fatal signal
-        shelf.remove(key)
-        folder = shelf.get(key, needed, make, waiting=lambda: tick(next(waits)))
+    tick = Ticker(reporter, f"decode {split}")
+    found, made = cached_rows(
+        shelf, key, arrays, lambda arrays: _decode_all(Encoded(facts, split), arrays, threads, tick), tick
+    )
     code, text = ("data.decoded", "Decoded") if made else ("data.cached", "Found decoded before:")
     reporter.event(code, f"{text} {rows} {split} images at {image_size} pixels.", split=split, rows=rows, bytes=needed)
-    return _mapped(folder, (rows, channels, image_size, image_size), facts.bits, first, key)
+    mean, std = (tuple(each) for each in found["moments"].tolist())
+    return Images(found["pixels"], found["labels"].clone(), first, mean, std, key)
 
 
-def _size(folder: Path) -> tuple[int, ...]:
-    return tuple((folder / name).stat().st_size if (folder / name).exists() else 0 for name in ("pixels", "labels"))
-
-
-def _key(facts: DatasetFacts, split: str, image_size: int, channels: int) -> str:
-    parts = (facts.sha256, split, image_size, channels, POLICY, f"uint{facts.bits}")
-    return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:40]
-
-
-def _mapped(folder: Path, shape: tuple[int, ...], bits: int, first: int, key: str) -> Images:
-    about = json.loads((folder / "about.json").read_text())
-    # Copy on write: torch wants memory that could be written, and nobody ever writes.
-    pixels = _map(folder / "pixels", shape, bits, "c")
-    labels = np.fromfile(folder / "labels", np.int64)
-    return Images(pixels, torch.from_numpy(labels), first, tuple(about["mean"]), tuple(about["std"]), key)
-
-
-def _map(path: Path, shape: tuple[int, ...], bits: int, mode: Literal["c", "r+"]) -> Tensor:
-    kind = np.uint16 if bits == 16 else np.uint8
-    return torch.from_numpy(np.memmap(path, kind, mode, shape=shape) if shape[0] else np.empty(shape, kind))
-
-
-def _decode_all(encoded: Encoded, folder: Path, channels: int, size: int, threads: int, tick: Ticker) -> None:
-    rows = len(encoded)
-    path = folder / "pixels"
-    with path.open("wb") as file:
-        if rows:
-            # Reserved, because a full disk under a memory map is a fatal signal and no error.
-            os.posix_fallocate(file.fileno(), 0, rows * channels * size * size * (encoded.bits // 8))
-    pixels = _map(path, (rows, channels, size, size), encoded.bits, "r+")
+def _decode_all(encoded: Encoded, arrays: dict[str, Tensor], threads: int, tick: Ticker) -> None:
+    pixels = arrays["pixels"]
+    rows, channels, size = pixels.shape[:3]
     total, squares = torch.zeros(2, channels, dtype=torch.float64)
 
     def chunk(start: int) -> tuple[Tensor, Tensor]:
@@ -178,9 +142,9 @@ def _decode_all(encoded: Encoded, folder: Path, channels: int, size: int, thread
         for number, (sums, squared) in enumerate(pool.map(chunk, range(0, rows, CHUNK))):
             total, squares = total + sums, squares + squared
             tick(min((number + 1) * CHUNK, rows), rows)
-    (folder / "labels").write_bytes(encoded.labels.numpy().tobytes())  # `tofile` hides why it fails
-    mean, std = _normalisation(total, squares, rows * size * size, encoded.bits)
-    (folder / "about.json").write_text(json.dumps({"mean": mean, "std": std}))
+    arrays["labels"].copy_(encoded.labels)
+    moments = _normalisation(total, squares, rows * size * size, encoded.bits)
+    arrays["moments"].copy_(torch.tensor(moments, dtype=torch.float64))
 
 
 def _stream(facts: DatasetFacts, split: str, first: int, channels: int, size: int, threads: int, key: str) -> Streamed:

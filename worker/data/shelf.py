@@ -1,23 +1,39 @@
 """Derived data on disk that can always be made again: decoded images, features of a frozen prefix.
 
-An entry is a folder that appears complete, by one rename. All jobs of a host share the shelf; who wants what another
-is just making waits for it. When the budget is full, what was not used for longest goes first.
+An entry is a folder of files that appears complete, by one rename. All jobs of a host share the shelf and its budget;
+who wants what another is just making waits for it. When the budget is full, what was not used for longest goes first.
+What is being made has its whole size from its first moment, so it counts as well; what a dead process was making goes
+as soon as anybody looks, because its lock went with it.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from app.domain.errors import ResourceFault
-from worker.disk import is_full
+from worker.disk import amount, is_full
+from worker.report import Order
 
 FREE_FLOOR_BYTES = 256 * 2**20
 WAIT_SECONDS = 0.1
+FOLDER = "shelf"  # below the cache that the jobs of a host share
+HINT = "Free space on the worker, or change TUNEYARD_CACHE_BYTES, then /retry."
+
+
+def entry_key(kind: str, *parts: object) -> str:
+    """Give the key of an entry: its kind, and a hash of everything that decides its bytes."""
+    return f"{kind}-{hashlib.sha256('/'.join(map(repr, parts)).encode()).hexdigest()[:40]}"
+
+
+def shelf_of(order: Order) -> "Shelf":
+    """Give the shelf that all jobs of the host share."""
+    return Shelf(Path(order.cache) / FOLDER, order.cache_bytes)
 
 
 class Shelf:
@@ -26,103 +42,157 @@ class Shelf:
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self._folder, self._budget = folder, budget_bytes
 
-    def has_room(self, key: str, needed_bytes: int) -> bool:
-        """Say whether this entry is there or may be made, were the shelf empty of everything else."""
-        if (self._folder / key).exists():
-            return True
+    def shortage(self, needed_bytes: int, *, key: str = "", beside: Collection[str] = ()) -> str | None:
+        """Say which limit leaves no room for an entry, were there nothing else but those `beside` it.
+
+        None: it is there already, or may be made.
+        """
+        if key and (self._folder / key).exists():
+            return None
         self._folder.mkdir(parents=True, exist_ok=True)
-        held = sum(_size(entry) for entry in self._entries())
-        free = shutil.disk_usage(self._folder).free + held
-        return needed_bytes <= self._budget and needed_bytes + FREE_FLOOR_BYTES <= free
+        sizes = {path.name: _size(path) for path in self._folder.iterdir()}
+        kept = sum(sizes.get(each, 0) for each in beside)
+        if needed_bytes + kept > self._budget:
+            others = f", {amount(kept)} of it for what is read with it" if kept else ""
+            return f"TUNEYARD_CACHE_BYTES allows {amount(self._budget)}{others}"
+        left = shutil.disk_usage(self._folder).free + sum(sizes.values()) - kept - FREE_FLOOR_BYTES
+        if needed_bytes > left:
+            return (
+                f"the worker's disk has room for {amount(max(left, 0))} (TUNEYARD_CACHE_BYTES would allow "
+                f"{amount(self._budget)})"
+            )
+        return None
 
     def get(
-        self, key: str, needed_bytes: int, make: Callable[[Path], None], *, waiting: Callable[[], None] = lambda: None
-    ) -> Path:
-        """Give the entry's folder, made by `make(folder)` if it is not there. `waiting` is called now and then.
+        self, key: str, sizes: Mapping[str, int], make: Callable[[Path], None], *,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> tuple[Path, bool]:  # fmt: skip
+        """Give the entry's folder, and whether `make(folder)` had to make it: its files have these sizes already.
+
+        `waiting` is called now and then while others make this entry, or others that leave no room for it.
 
         Raises:
             ResourceFault: the disk is full.
         """
-        entry = self._folder / key
-        if _use(entry):
-            return entry
+        entry, partial = self._folder / key, self._folder / f".{key}.part"
+        if _use(entry, sizes):
+            return entry, False
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._making(key, waiting):
-            if _use(entry):
-                return entry
-            self._make_room(needed_bytes)
-            partial = self._folder / f".{key}.{os.getpid()}"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+        with self._locked(key, waiting):
+            if _use(entry, sizes):
+                return entry, False
             try:
+                while not self._reserved(entry, partial, sizes, waiting):
+                    waiting()
+                    time.sleep(WAIT_SECONDS)
                 make(partial)
                 partial.rename(entry)
             except OSError as error:
                 if is_full(error):
                     raise ResourceFault(
-                        f"The disk is full: {needed_bytes / 1e6:.0f} MB of decoded data could not be kept.",
-                        code="disk_full", hint="Free space on the worker, or lower TUNEYARD_CACHE_BYTES, then /retry.",
+                        f"The disk is full: {amount(sum(sizes.values()))} of decoded data could not be kept.",
+                        code="disk_full", hint=HINT,
                     ) from error  # fmt: skip
                 raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-        return entry
+        return entry, True
 
-    def remove(self, key: str) -> None:
-        """Remove an entry that turned out to be damaged; who reads it keeps its bytes."""
-        entry, gone = self._folder / key, self._folder / f".gone.{key}.{os.getpid()}"
+    def _reserved(self, entry: Path, partial: Path, sizes: Mapping[str, int], waiting: Callable[[], None]) -> bool:
+        """Take the room for an entry; False while what others are making leaves none."""
+        with self._locked("room", waiting):
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that died: the lock is ours
+            self._remove(entry)  # damaged, if it is there
+            if not self._make_room(sum(sizes.values())):
+                return False
+            partial.mkdir()
+            for file, size in sizes.items():
+                with (partial / file).open("wb") as opened:
+                    if size:
+                        # Reserved, because a full disk under a memory map is a fatal signal and no error.
+                        os.posix_fallocate(opened.fileno(), 0, size)
+            return True
+
+    def _make_room(self, needed_bytes: int) -> bool:
+        """Remove entries, oldest first; False where even that would not do until others have made theirs.
+
+        A process that reads an entry keeps its bytes: they are only unlinked.
+        """
+        making = self._being_made()
+        aged: list[tuple[float, int, Path]] = []
+        for entry in self._folder.glob("[!.]*"):
+            with contextlib.suppress(FileNotFoundError):
+                aged.append((entry.stat().st_mtime, _size(entry), entry))
+        held = sum(size for _, size, _ in aged)
+
+        def fits(held: int, to_come: int = 0) -> bool:
+            free = shutil.disk_usage(self._folder).free + to_come
+            return making + held + needed_bytes <= self._budget and free >= needed_bytes + FREE_FLOOR_BYTES
+
+        if making and not fits(0, held):
+            return False
+        for _, size, entry in sorted(aged):
+            if fits(held):
+                break
+            self._remove(entry)
+            held -= size
+        return True
+
+    def _being_made(self) -> int:
+        """Weigh what others are making now, and remove what was being made by those who died."""
+        found = 0
+        for partial in self._folder.glob(".*.part"):
+            lock = self._taken(partial.name[1 : -len(".part")])
+            if lock is None:
+                found += _size(partial)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+                os.close(lock)
+        return found
+
+    def _remove(self, entry: Path) -> None:
+        gone = self._folder / ".gone"
+        shutil.rmtree(gone, ignore_errors=True)
         with contextlib.suppress(OSError):
             entry.rename(gone)  # so that nobody ever sees half an entry
             shutil.rmtree(gone, ignore_errors=True)
 
     @contextmanager
-    def _making(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Let one process at a time make an entry; the lock goes with its holder, however that ends."""
-        path = self._folder / f".{key}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _locked(self, what: str, waiting: Callable[[], None]) -> Iterator[None]:
+        """Let one process at a time do something; the lock goes with its holder, however that ends."""
+        while (lock := self._taken(what)) is None:
+            waiting()
+            time.sleep(WAIT_SECONDS)
         try:
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    waiting()
-                    time.sleep(WAIT_SECONDS)
             yield
         finally:
+            os.close(lock)
+
+    def _taken(self, what: str) -> int | None:
+        """Take a lock: its descriptor, to be closed; None while another has it."""
+        descriptor = os.open(self._folder / f".{what}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             os.close(descriptor)
-
-    def _entries(self) -> list[Path]:
-        with contextlib.suppress(FileNotFoundError):
-            return [entry for entry in self._folder.iterdir() if not entry.name.startswith(".")]
-        return []
-
-    def _make_room(self, needed_bytes: int) -> None:
-        """Remove entries, oldest first. A process that reads one keeps its bytes: they are only unlinked."""
-        aged: list[tuple[float, int, Path]] = []
-        for entry in self._entries():
-            with contextlib.suppress(FileNotFoundError):
-                aged.append((entry.stat().st_mtime, _size(entry), entry))
-        total = sum(size for _, size, _ in aged)
-        for _, size, entry in sorted(aged):
-            free = shutil.disk_usage(self._folder).free
-            if total + needed_bytes <= self._budget and free >= needed_bytes + FREE_FLOOR_BYTES:
-                break
-            self.remove(entry.name)
-            total -= size
+            return None
+        return descriptor
 
 
-def _use(entry: Path) -> bool:
+def _use(entry: Path, sizes: Mapping[str, int]) -> bool:
+    """Note that an entry is wanted; False where it is not there, or was cut short: its map would be a fatal signal."""
     try:
+        if any((entry / file).stat().st_size != size for file, size in sizes.items()):
+            return False
         os.utime(entry)
     except FileNotFoundError:
         return False
     return True
 
 
-def _size(entry: Path) -> int:
+def _size(folder: Path) -> int:
     total = 0
-    with contextlib.suppress(FileNotFoundError):
-        for file in entry.iterdir():
+    with contextlib.suppress(OSError):
+        for file in folder.iterdir():
             total += file.stat().st_size
     return total

@@ -114,6 +114,14 @@ class Classifier(nn.Module):
         return nn.Sequential(*self._stages[: self.frozen_stages])
 
     @property
+    def no_prefix(self) -> str | None:
+        """Why stages that stand still are no such prefix; None where there are none, or one."""
+        if self.params.trainable == "gradual":
+            return "which layers stand still changes during the run (docs/decisions/0017)"
+        mixes = self.frozen_stages and self.frozen_prefix is None
+        return "mixup and cutmix make new inputs in every step" if mixes else None
+
+    @property
     def idle_parameters(self) -> bool:
         """Stages that wait to be thawed get no gradient."""
         return self.params.trainable == "gradual"

@@ -1,14 +1,10 @@
 """From an order to what an `apply` recipe made: a trained model in eval mode, a dataset seen through it, a result."""
 
-import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +15,8 @@ from worker import catalogue
 from worker.data import features
 from worker.data.encoded import in_bytes
 from worker.data.images import Images, Streamed, open_images
-from worker.data.shelf import Shelf
+from worker.data.rows import Array, cached_rows
+from worker.data.shelf import shelf_of
 from worker.data.source import Data, ahead, in_order, part
 from worker.data.split import reduced, split_labels
 from worker.ingest import Interrupted
@@ -115,8 +112,8 @@ def _load(
         )
     if network.normalisation is None:  # a random start, as a training job would make it
         images = open_images(
-            facts, "train", image_size=network.image_size, channels=network.channels, cache=Path(order.cache),
-            cache_bytes=order.cache_bytes, threads=threads, reporter=reporter,
+            facts, "train", image_size=network.image_size, channels=network.channels, shelf=shelf_of(order),
+            threads=threads, reporter=reporter,
         )  # fmt: skip
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         data = Data(part(images, torch.arange(len(images))), None, None, None, mean, std)
@@ -202,8 +199,7 @@ class Seen:
         if split not in self._sources:
             opened = open_images(
                 self.facts, split, image_size=self.network.image_size, channels=self.network.channels,
-                cache=Path(self.order.cache), cache_bytes=self.order.cache_bytes, threads=self.plan.threads,
-                reporter=self.reporter,
+                shelf=shelf_of(self.order), threads=self.plan.threads, reporter=self.reporter,
             )  # fmt: skip
             if isinstance(opened, Images) and fits(opened, self.device):
                 opened = opened.on(self.device)
@@ -211,17 +207,13 @@ class Seen:
         return self._sources[split]
 
     def _computed(self, split: str) -> Tensor:
-        """Compute a split's features, or find them: in memory mapped from the host's cache where it has room."""
-        source, plan = self._source(split), self.plan
+        """Compute a split's features, or find them, mapped from the host's shelf where it has room."""
+        source, plan, phase = self._source(split), self.plan, f"features of {split}"
         rows, dimension = len(source), int(cast(Any, self.backbone.dimension))
-        needed = rows * dimension * 4
-        how = (self.network.architecture, plan.mean, plan.std, plan.precision, plan.memory_format, plan.batch_size)
-        parts = "/".join([source.key, features.digest(self.backbone), repr(how), "float32"])
-        key = hashlib.sha256(parts.encode()).hexdigest()[:40]
-        phase, waits = f"features of {split}", count(1)
         data = Data(source, None, None, None, torch.tensor(plan.mean), torch.tensor(plan.std))
 
-        def fill(values: Tensor) -> Tensor:
+        def fill(arrays: dict[str, Tensor]) -> None:
+            values = arrays["values"]
             with compute.autocast(plan, self.device):
                 for numbers, batch in ahead(source, in_order(source, plan.batch_size)):
                     self.tick(phase, int(numbers[0]), rows)
@@ -229,18 +221,16 @@ class Seen:
                     values[numbers[0] : numbers[-1] + 1] = self.backbone(ready["image"]).float().flatten(1)
             if not values.isfinite().all():
                 raise UserFault("model: it gives features that are not finite.", code="features_not_finite")
-            return values
 
-        def make(folder: Path) -> None:
-            with (folder / "values").open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, needed)
-            fill(torch.from_numpy(np.memmap(folder / "values", np.float32, "r+", shape=(rows, dimension))))
-
-        shelf = Shelf(Path(self.order.cache) / "features", self.order.cache_bytes)
-        if not shelf.has_room(key, needed):
-            return fill(torch.empty(rows, dimension))
-        folder = shelf.get(key, needed, make, waiting=lambda: self.tick(phase, next(waits), rows))
-        # Copy on write: torch wants memory that could be written, and nobody ever writes.
-        stored = torch.from_numpy(np.memmap(folder / "values", np.float32, "c", shape=(rows, dimension)))
-        near = self.device.type == "cuda" and needed <= torch.cuda.get_device_properties(self.device).total_memory // 8
-        return stored.to(self.device) if near else stored
+        key = features.key_of(
+            self.backbone, plan, self.device, "float32", plan.batch_size, source.key, self.network.architecture
+        )
+        found, _ = cached_rows(
+            shelf_of(self.order), key, {"values": Array(torch.float32, (rows, dimension))}, fill,
+            lambda done: self.tick(phase, done, rows),
+        )  # fmt: skip
+        values = found["values"]
+        near = self.device.type == "cuda" and (
+            values.nbytes <= torch.cuda.get_device_properties(self.device).total_memory // 8
+        )
+        return values.to(self.device) if near else values

@@ -16,7 +16,7 @@ from app.domain.spec import Spec
 from worker import catalogue
 from worker.data import features
 from worker.data.images import Images, Streamed, open_images
-from worker.data.shelf import Shelf
+from worker.data.shelf import Shelf, shelf_of
 from worker.data.source import Data, Source, in_order
 from worker.parts import backbones, compute, machine, memo, tuning
 from worker.parts.recompute import recompute_stages
@@ -80,13 +80,12 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     family = network.facts["family"]
     threads = plan.threads if plan is not None else tuning.thread_count(family, size, hardware, measured)[0]
     torch.set_num_threads(threads)
-    seed = spec.training.seed
+    seed, shelf = spec.training.seed, shelf_of(order)
 
     def images(split: str) -> Images | Streamed:
         opened = open_images(
-            facts, split, image_size=size, channels=channels, cache=Path(order.cache), cache_bytes=order.cache_bytes,
-            threads=threads, reporter=reporter,
-        )  # fmt: skip
+            facts, split, image_size=size, channels=channels, shelf=shelf, threads=threads, reporter=reporter
+        )
         return opened.on(device) if isinstance(opened, Images) and fits(opened, device) else opened
 
     train = images("train")
@@ -125,10 +124,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
             hardware, mean=mean, std=std, processes=processes, memo=measured, fingerprint=fingerprint,
             cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
         )  # fmt: skip
-        if getattr(objective, "frozen_prefix", None) is not None:
-            plan = plan.model_copy(
-                update={"prefix_views": features.view_count(augmented=prepare is not None, epochs=plan.epochs)}
-            )
+        plan = _with_views(plan, objective, data, shelf, reporter)
     elif plan.world_size != processes:
         plan = tuning.spread(plan, processes)
     if plan.checkpoint_activations:
@@ -145,30 +141,37 @@ def start(made: Assembly, order: Order, reporter: Reporter) -> Assembly:
     if not made.plan.prefix_views or prefix is None:
         return made
     compute.place(made.objective, made.plan, made.device)
-    shelf, digest = Shelf(Path(order.cache) / "features", order.cache_bytes), features.digest(prefix)
+    shelf, network = shelf_of(order), made.network.architecture
 
-    def cached(source: Source | None, views: int) -> features.Features | None:
-        if source is None:
-            return None
-        how = (made.plan.mean, made.plan.std, made.params.model_dump() if views > 1 else "")
-        key = "/".join([_key(source), digest, repr(how)])
+    def cached(source: Source, views: int) -> features.Features:
+        inputs = (made.recipe.name, made.recipe.version, made.params.model_dump(mode="json")) if views > 1 else None
         return features.cache_prefix(
             source, made.data, prefix, views=views, seed=made.spec.training.seed, augmented=views > 1, plan=made.plan,
-            device=made.device, key=key, shelf=shelf, reporter=reporter,
+            device=made.device, key=(_key(source), network, inputs), shelf=shelf, reporter=reporter,
         )  # fmt: skip
 
     train = cached(made.data.train, made.plan.prefix_views)
-    validation = cached(made.data.validation, 1)
-    if train is None or (validation is None and made.data.validation is not None):
-        reporter.event("features.not_cached", "The frozen layers' output does not fit the cache: they run every epoch.")
-        return made
-    saved = max(0, made.plan.epochs - made.plan.prefix_views)
-    reporter.event(
-        "features.cached",
-        f"The frozen layers ran once over {len(train)} samples ({made.plan.prefix_views} views each); {saved} of "
-        f"{made.plan.epochs} passes are saved.", views=made.plan.prefix_views, samples=len(train),
-    )  # fmt: skip
+    validation = cached(made.data.validation, 1) if made.data.validation is not None else None
+    features.tell(train, validation, made.plan.epochs, reporter)
     return replace(made, data=replace(made.data, train=train, validation=validation, prepare=None))
+
+
+def _with_views(plan: Plan, objective: nn.Module, data: Data, shelf: Shelf, reporter: Reporter) -> Plan:
+    """Put into the plan how often frozen layers run over each sample, and why; 0 is in every epoch.
+
+    This is said before step 0 and holds for every later attempt, because it is another computation: fixed views, and
+    what is kept is rounded to bfloat16.
+    """
+    prefix: nn.Module | None = getattr(objective, "frozen_prefix", None)
+    views, why = 0, getattr(objective, "no_prefix", None)
+    if prefix is not None:
+        read = [cast(Any, each).source.key for each in (data.train, data.validation, data.test) if each is not None]
+        views, why = features.choose_views(
+            prefix, data, plan, augmented=data.prepare is not None, shelf=shelf, beside=set(read), reporter=reporter
+        )
+    if why is None:
+        return plan
+    return plan.model_copy(update={"prefix_views": views, "reasons": {**plan.reasons, "prefix_views": why}})
 
 
 def read_spec(value: dict[str, Any]) -> tuple[Spec, Recipe, Params]:
@@ -187,10 +190,10 @@ def read_spec(value: dict[str, Any]) -> tuple[Spec, Recipe, Params]:
         raise UserFault(f"{where}: {first['msg']}.", code="invalid_spec") from error
 
 
-def _key(source: Source) -> str:
+def _key(source: Source) -> tuple[str, str]:
     """Name the rows of a part of the images, for the feature cache."""
     whole, rows = cast(Any, source).source, cast(Any, source).rows
-    return f"{whole.key}/{features.digest_rows(rows)}"
+    return whole.key, features.digest_rows(rows)
 
 
 def _head_options(params: Params) -> dict[str, Any] | None:
