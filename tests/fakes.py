@@ -2,7 +2,7 @@
 
 Its "training" is a chain of digests, so that the weights of a resumed run equal those of an uninterrupted one exactly
 when the supervisor handed over the right checkpoint. `spec["params"]["fake"]` says how long it runs and how it fails.
-As a program it is a zygote: `python -m tests.fakes <descriptor>`.
+As a program it is a zygote: `python -m tests.fakes <descriptor>`. CUDA_FAKE_CARDS names the GPUs of its host.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -220,8 +221,16 @@ def _model(order: Order, state: str) -> MadeModel:
     return MadeModel(config=config, parameters=1, metrics={"train/loss": 0.1}, files=files)
 
 
+def run_backward() -> None:
+    """Start a thread for every GPU in sight, as torch does in the first backward pass of a process."""
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_FAKE_CARDS", ""))
+    for _ in filter(None, cards.split(",")):
+        threading.Thread(target=time.sleep, args=(HOLD_SECONDS,), daemon=True).start()
+
+
 if __name__ == "__main__":
     control = socket.socket(fileno=int(sys.argv[1]))
+    run_backward()
     if "--device" in sys.argv:
         sys.exit(zygote.serve_once(control, main))
     sys.exit(zygote.serve(control, main, published()))

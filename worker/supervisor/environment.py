@@ -32,6 +32,9 @@ def clean_environment(source: dict[str, str], cache: Path) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",  # a second thread before the fork would hang every child
         "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's allocator starts one at import
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking whether there is a GPU must not start CUDA in the zygote
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the numbers of nvidia-smi, by which GPUs are given out here
+        # Read once, at the first matrix product on a GPU, which comes before any job: without it cuBLAS may not repeat.
+        "CUBLAS_WORKSPACE_CONFIG": source.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
         "PYTHONUNBUFFERED": "1",
         "TORCH_HOME": kept.get("TORCH_HOME", str(cache / "torch")),
         "TORCHINDUCTOR_CACHE_DIR": kept.get("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor")),

@@ -111,7 +111,7 @@ class Run:
         if self._wire is not None:
             self._wire.poke()
 
-    # From here to the fork nothing sleeps, and nothing is committed but the claim.
+    # From here to the trainer nothing sleeps but the start of CUDA, and nothing is committed but the claim.
     def _attempt(self) -> None:
         host, settings = self._host, self._host.settings
         device = "cuda" if self._seat.gpus and self._job.device != "cpu" else "cpu"

@@ -21,6 +21,7 @@ from app.domain.errors import SystemFault
 log = structlog.get_logger(__name__)
 
 Published = dict[str, list[dict[str, Any]]]
+READY_SECONDS = 120.0  # to import torch and start CUDA on every GPU of a job
 ANSWER_SECONDS = 30.0
 KILLED = -int(signal.SIGKILL)
 
@@ -51,7 +52,7 @@ class Trainer:
 
 
 class Server:
-    """One process that makes trainers: a zygote, or a spare which becomes the trainer of its one order."""
+    """One process that makes trainers: a zygote, or one with GPUs which becomes the trainer of its one order."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Server:
     ) -> None:
         self.ready = threading.Event()
         self.dead = threading.Event()
+        self._settled = threading.Event()  # ready, or dead before it was
         self.retired = False
         self._on_ready, self._on_end = on_ready, on_end
         self._trainers: dict[int, Trainer] = {}
@@ -77,18 +79,18 @@ class Server:
         threading.Thread(target=self._read, name=f"server-{self.process.pid}", daemon=True).start()
 
     def order(self, request: dict[str, Any]) -> Trainer:
-        """Have a trainer made.
+        """Have a trainer made, as soon as the server is ready.
 
         Raises:
-            SystemFault: the server died or does not answer.
+            SystemFault: the server died, does not become ready or does not answer.
         """
         ours, theirs = socket.socketpair()
         with self._ordering, theirs:
-            try:
-                socket.send_fds(self._control, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
-                trainer = self._answers.get(timeout=ANSWER_SECONDS)
-            except (OSError, queue.Empty):
-                trainer = None
+            trainer = None
+            with contextlib.suppress(OSError, queue.Empty):
+                if self._settled.wait(READY_SECONDS) and not self.dead.is_set():
+                    socket.send_fds(self._control, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
+                    trainer = self._answers.get(timeout=ANSWER_SECONDS)
         if trainer is None:
             ours.close()
             self.close()
@@ -103,9 +105,12 @@ class Server:
             self.close()
 
     def close(self) -> None:
-        """Close the control socket, which ends the process and all its trainers."""
+        """End the process and all its trainers: close the control socket, and kill what became a trainer itself."""
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
+        own = self._trainers.get(self.process.pid)
+        if own is not None:
+            own.kill()
 
     def _read(self) -> None:
         with contextlib.suppress(OSError, ValueError), self._control.makefile("rb") as lines:
@@ -119,6 +124,7 @@ class Server:
     def _take(self, message: dict[str, Any]) -> None:
         if "ready" in message:
             self.ready.set()
+            self._settled.set()
             self._on_ready(self, message["ready"])
         elif "exit" in message:
             trainer = self._trainers.pop(message["pid"], None)
@@ -139,7 +145,12 @@ class Server:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        code = self.process.wait()  # a spare that took an order lives on as its trainer
+        else:  # it took an order and lives on as its trainer
+            with contextlib.suppress(OSError):
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+                # Not yet reaped, the number still belongs to it: whatever it left running in its group goes first.
+                os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
         for trainer in list(self._trainers.values()):
             if trainer is not own:
                 trainer.kill()
@@ -148,6 +159,7 @@ class Server:
         self._trainers.clear()
         self._control.close()
         self.dead.set()
+        self._settled.set()
         self._answers.put(None)
         self._on_end(self)
 

@@ -7,9 +7,10 @@ own. The protocol, over the one socket whose descriptor is the first argument:
     supervisor -> zygote     {"order": path, "environment": {…}, "threads": n, "log": path}   with one descriptor
     zygote -> supervisor     {"pid": n}, then, when that trainer is gone, {"pid": n, "exit": code}; a signal is negative
 
-Each message is one line of JSON. The end of the socket is the end of every trainer. With `--device` the process is
-instead a spare for a GPU, which cannot be forked once CUDA runs: it initialises CUDA, serves one order in itself and
-exits.
+Each message is one line of JSON. The end of the socket is the end of every trainer. The zygote is started with no GPU
+in sight (`CUDA_VISIBLE_DEVICES` is empty), because the first backward pass starts a thread for each. With `--device`
+the process is instead for one job on the GPUs that it sees, and cannot be forked once CUDA runs: it initialises CUDA,
+serves one order in itself and exits.
 """
 
 import array

@@ -4,11 +4,13 @@ import json
 import os
 import queue
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import worker.supervisor.warm
@@ -17,7 +19,7 @@ from tests.fakes import COMMAND
 from tests.waiting import Clock, dead, until
 from worker.report import Go, Limits, Order
 from worker.supervisor.environment import clean_environment
-from worker.supervisor.server import KILLED, Trainer
+from worker.supervisor.server import KILLED, Server, Trainer
 from worker.supervisor.warm import Warm
 
 pytestmark = pytest.mark.worker
@@ -136,11 +138,42 @@ def visible(trainer: Trainer) -> str:
     raise AssertionError("it never began")
 
 
-def test_one_gpu_is_served_by_a_spare_that_is_replaced_and_two_by_a_fork(
-    tmp_path: Path, catalogues: "queue.Queue[Any]"
+@pytest.fixture
+def on_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Warm]]:
+    """Start servers on a host with the GPUs 0 and 1, all of which a process sees unless it is told otherwise."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_FAKE_CARDS", "0,1")
+    made: list[Warm] = []
+
+    def make(command: tuple[str, ...] = COMMAND) -> Warm:
+        made.append(Warm(cache=tmp_path / "cache", gpus=["0", "1"], command=command))
+        made[0].refresh()
+        assert made[0].ready.wait(60)
+        return made[0]
+
+    yield make
+    made[0].close()
+
+
+def test_the_zygote_of_a_host_with_gpus_sees_none_and_so_does_its_trainer(
+    on_cards: Callable[..., Warm], tmp_path: Path
 ) -> None:
-    warm = Warm(cache=tmp_path / "cache", gpus=["0", "1"], command=COMMAND, on_ready=catalogues.put)
-    warm.refresh()
+    warm = on_cards()  # a zygote that sees a GPU runs threads of it and refuses to serve
+    assert warm._zygote is not None
+    zygote = psutil.Process(warm._zygote.process.pid)
+    assert zygote.environ()["CUDA_VISIBLE_DEVICES"] == ""
+    trainer = start(warm, tmp_path / "1", hang_at=1)
+    assert visible(trainer) == ""
+    assert psutil.Process(trainer.pid).ppid() == zygote.pid
+    trainer.kill()
+    assert trainer.wait(60) == KILLED
+    trainer.connection.close()
+
+
+def test_one_gpu_is_served_by_a_spare_that_is_replaced_and_two_by_a_new_process(
+    on_cards: Callable[..., Warm], tmp_path: Path
+) -> None:
+    warm = on_cards()
     until(lambda: len(warm._spares) == 2 and all(spare.ready.is_set() for spare in warm._spares.values()))
     spare = warm._spares["1"]
     one = start(warm, tmp_path / "1", gpus=("1",), exit_at=1, exit_code=5)
@@ -148,18 +181,84 @@ def test_one_gpu_is_served_by_a_spare_that_is_replaced_and_two_by_a_fork(
     assert visible(one) == "1"
     assert one.wait(60) == 5
     assert warm._spares["1"] is not spare
+    spares = {spare.process.pid for spare in warm._spares.values()}
     both = start(warm, tmp_path / "2", gpus=("0", "1"), hang_at=1)
-    assert both.pid not in (warm._spares["0"].process.pid, warm._spares["1"].process.pid)
+    assert both.pid not in spares
     assert visible(both) == "0,1"
-    none = start(warm, tmp_path / "3", steps=1)
-    assert visible(none) == ""
-    killed = start(warm, tmp_path / "4", gpus=("0",), hang_at=1)
+    assert psutil.Process(both.pid).ppid() == os.getpid()  # no fork of the zygote
+    assert "--device" in psutil.Process(both.pid).cmdline()
+    killed = start(warm, tmp_path / "3", gpus=("0",), hang_at=1)
     killed.kill()
     assert killed.wait(60) == KILLED
     warm.close()
     assert both.wait(60) == KILLED
-    for trainer in (one, both, none, killed):
+    for trainer in (one, both, killed):
         trainer.connection.close()
+
+
+def test_a_spare_that_is_still_starting_is_waited_for(on_cards: Callable[..., Warm], tmp_path: Path) -> None:
+    warm = on_cards()
+    spare = until(lambda: warm._spares.get("0"))
+    trainer = start(warm, tmp_path / "1", gpus=("0",), steps=1)
+    assert trainer.pid == spare.process.pid
+    assert trainer.wait(60) == 0
+    trainer.connection.close()
+
+
+def test_what_a_job_with_gpus_leaves_behind_in_its_group_is_killed(
+    on_cards: Callable[..., Warm], tmp_path: Path
+) -> None:
+    warm = on_cards()
+    trainer = start(warm, tmp_path / "1", gpus=("0", "1"), hang_at=0, child_seconds=600)
+    assert visible(trainer) == "0,1"
+    (child,) = psutil.Process(trainer.pid).children()
+    os.kill(trainer.pid, signal.SIGKILL)
+    assert trainer.wait(60) == KILLED
+    until(lambda: dead(child.pid))
+    trainer.connection.close()
+
+
+# A host whose GPUs are broken: whatever starts CUDA ends at once.
+BROKEN = ("/bin/sh", "-c", 'case "$2" in --device) exit 3;; esac; exec "$0" -m tests.fakes "$1"', sys.executable)
+
+
+def test_a_job_whose_gpus_do_not_start_is_a_system_fault(on_cards: Callable[..., Warm], tmp_path: Path) -> None:
+    warm = on_cards(BROKEN)
+    for name, gpus in (("1", ("0",)), ("2", ("0", "1"))):
+        with pytest.raises(SystemFault, match="does not answer"):
+            start(warm, tmp_path / name, gpus=gpus)
+    trainer = start(warm, tmp_path / "3", steps=1)  # the processor still works
+    assert trainer.wait(60) == 0
+    trainer.connection.close()
+
+
+def test_a_spare_that_dies_is_tried_again_with_pauses(
+    on_cards: Callable[..., Warm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(worker.supervisor.warm, "time", clock)
+    warm = on_cards(BROKEN)
+    real, started = warm._server, list[tuple[str, ...]]()
+
+    def server(gpus: tuple[str, ...], *rest: Any) -> Server:
+        started.append(gpus)
+        return real(gpus, *rest)
+
+    def died(times: int) -> bool:
+        return [warm._pauses[gpu].failures for gpu in ("0", "1")] == [times, times]
+
+    until(lambda: died(1))
+    monkeypatch.setattr(warm, "_server", server)
+    for deaths, pause in ((1, 2.0), (2, 4.0), (3, 8.0)):
+        until(lambda: died(deaths))  # noqa: B023
+        clock.now += pause - 0.01
+        warm.refresh()
+        assert started == []  # the next ones are not due yet
+        clock.now += 0.02
+        warm.refresh()
+        assert started == [("0",), ("1",)]
+        started.clear()
+    until(lambda: died(4))
 
 
 def test_a_trainer_inherits_no_credentials(tmp_path: Path) -> None:
@@ -173,6 +272,14 @@ def test_a_trainer_inherits_no_credentials(tmp_path: Path) -> None:
     assert not any(name.startswith("TUNEYARD_") for name in environment)
     assert {"PATH", "HOME", "LC_ALL", "CUDA_HOME", "HTTPS_PROXY"} <= set(environment)
     assert environment["TORCH_HOME"].startswith(str(tmp_path))
+
+
+def test_gpus_have_the_numbers_of_the_driver_and_cublas_repeats_itself(tmp_path: Path) -> None:
+    environment = clean_environment({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, tmp_path)
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    chosen = {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}  # repeats itself as well, with less memory
+    assert clean_environment(chosen, tmp_path)["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_the_signature_of_the_code_follows_a_changed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
