@@ -16,6 +16,9 @@ class Kind(StrEnum):
     INTERNAL = "internal"
 
 
+MEASURE = "measure"  # the recipe of the internal job that runs some steps of another
+
+
 class Status(StrEnum):
     """Where a job is. While a worker holds a job, only that worker writes this."""
 

@@ -5,7 +5,7 @@ from typing import Literal
 from sqlalchemy import ColumnElement, and_, exists, or_, select, true
 from sqlalchemy.orm import Session, aliased
 
-from app.domain.jobs import Actor, Status
+from app.domain.jobs import MEASURE, Actor, Status
 from app.store import life, tables
 from app.store.attempts import Held
 from app.store.clock import Now
@@ -26,7 +26,8 @@ def claim(
 ) -> tuple[Held, tables.Job] | None:
     """Take the best job that this worker can run now: by priority, then by age. None if there is none.
 
-    `devices` holds "cpu", "cuda" or both. An internal job runs anywhere; "auto" takes GPUs where the worker has any.
+    `devices` holds "cpu", "cuda" or both; "auto" takes GPUs where the worker has any. An internal job runs anywhere, in
+    the worker's slot for them; but one that measures a job runs where that job could, on its GPUs if there are any.
     A job that needs more GPUs than are free, but no more than the `gpus` of this host, reserves the host once it has
     waited for RESERVE_SECONDS: smaller ones of no higher priority are left in the queue, so that it is not starved.
     Any number of workers may claim at once, and each gets another job.
@@ -35,10 +36,8 @@ def claim(
         select(tables.Job)
         .where(
             tables.Job.status == Status.QUEUED,
-            tables.Job.internal.is_(internal),
             tables.Job.not_before <= Now(),
-            true() if internal else _fits(devices, gpus_free),
-            true() if internal else _not_reserved(gpus_free, gpus),
+            _sits_beside(devices) if internal else _trains(devices, gpus_free, gpus),
         )
         .order_by(tables.Job.priority.desc(), tables.Job.id)
         .limit(1)
@@ -51,6 +50,20 @@ def claim(
     life.move(session, job, Status.STARTING, actor=Actor.CLAIM, lease=lease)
     session.flush()
     return Held(job_id=job.id, project_id=job.project_id, attempt=job.attempt, worker=worker), job
+
+
+def _sits_beside(devices: frozenset[str]) -> ColumnElement[bool]:
+    """Say what takes the slot for internal jobs, which has no GPU: of those that measure, what needs none here."""
+    measurable = tables.Job.device == "cpu" if "cuda" in devices else _fits(devices, 0)
+    return and_(tables.Job.internal.is_(True), or_(tables.Job.recipe != MEASURE, measurable))
+
+
+def _trains(devices: frozenset[str], gpus_free: int, gpus: int) -> ColumnElement[bool]:
+    """Say what takes a training slot: jobs that train and, where there are GPUs, those that measure one on a GPU."""
+    wanted = tables.Job.internal.is_(False)
+    if "cuda" in devices:
+        wanted = or_(wanted, and_(tables.Job.recipe == MEASURE, tables.Job.device != "cpu"))
+    return and_(wanted, _fits(devices, gpus_free), _not_reserved(gpus_free, gpus))
 
 
 def _fits(devices: frozenset[str], gpus_free: int) -> ColumnElement[bool]:

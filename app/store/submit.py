@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from app.domain.errors import Conflict, Detail, Invalid, NotFound
 from app.domain.fit import Network, check, warnings
 from app.domain.inner_jobs import check_inner
-from app.domain.jobs import Kind, Status
+from app.domain.jobs import MEASURE, Kind, Status
 from app.domain.recipes import Published, refuse, resolve, unknown
 from app.domain.spec import Architecture, Spec
 from app.store import life, models, recipes, tables
@@ -56,7 +56,7 @@ class Submission:
             )
         job = self.job(project_id, max_attempts=max_attempts)
         job.name = f"Measure {self.spec.name}"[:200]
-        job.recipe, job.kind, job.internal = "measure", Kind.INTERNAL, True
+        job.recipe, job.kind, job.internal = MEASURE, Kind.INTERNAL, True
         return job
 
 

@@ -82,6 +82,27 @@ class TestClaim:
         assert queue({**job, "internal": True, "kind": "internal"}, devices=GPU, internal=True) == "it"
 
     @pytest.mark.parametrize(
+        ("device", "gpus", "on_cpu", "on_gpus"),
+        [
+            ("cpu", 1, "internal", "internal"),
+            ("auto", 1, "internal", "training"),
+            ("auto", 2, None, "training"),
+            ("cuda", 1, None, "training"),
+            ("cuda", 3, None, None),
+        ],
+    )
+    def test_a_measuring_job_takes_the_slot_that_the_measured_job_would(
+        self, queue: Callable[..., str | None], device: str, gpus: int, on_cpu: str | None, on_gpus: str | None
+    ) -> None:
+        job = {
+            "name": "it", "device": device, "gpus": gpus, "internal": True, "kind": "internal", "recipe": "measure",
+        }  # fmt: skip
+        for internal, slot in ((True, "internal"), (False, "training")):
+            assert (queue(job, internal=internal) == "it") is (on_cpu == slot)
+            assert (queue(job, devices=GPU, gpus_free=2, gpus=2, internal=internal) == "it") is (on_gpus == slot)
+        assert queue(job, devices=GPU, gpus_free=0, gpus=2) is None
+
+    @pytest.mark.parametrize(
         ("big", "small", "gpus_free", "taken"),
         [
             ({"created_at": 0.0}, {}, 1, None),  # it has waited long enough: the host is kept for it

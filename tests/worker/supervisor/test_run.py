@@ -25,6 +25,7 @@ from tests.worker.supervisor.hosting import (
     weights_of,
 )
 from worker.supervisor.host import Host
+from worker.supervisor.slots import Gpu, Slots
 from worker.supervisor.work import work
 
 pytestmark = pytest.mark.worker
@@ -180,6 +181,22 @@ def test_an_internal_job_does_not_wait_behind_training(host: Host) -> None:
         assert work(host, "message", internal=True) == 1
         assert job_of(host.engine, internal).status == Status.SUCCEEDED
         set_job(host.engine, training, wanted="cancel")
+
+
+@pytest.mark.parametrize(
+    ("device", "internal", "gpus"), [("auto", False, "3"), ("cuda", False, "3"), ("cpu", True, "")]
+)
+def test_a_measuring_job_sits_and_sees_what_the_measured_job_would(
+    host: Host, device: str, internal: bool, gpus: str
+) -> None:
+    host.slots = Slots(1, (Gpu("3", "card", 2**30),))
+    columns = {"recipe": "measure", "kind": "internal", "internal": True, "device": device}
+    job_id = submit(host.engine, steps=1, columns=columns)
+    assert work(host, "message", internal=not internal) == 0
+    assert work(host, "poll", internal=internal) == 1
+    assert job_of(host.engine, job_id).status == Status.SUCCEEDED
+    (began,) = [event for event in events_of(host.engine, job_id) if event.code == "trainer.began"]
+    assert began.data["visible"] == gpus
 
 
 def test_heartbeats_keep_the_lease_of_a_silent_but_living_run(host: Host) -> None:
