@@ -10,15 +10,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed import distributed_c10d
 
 from app.domain.datasets import DatasetFacts
-from app.domain.errors import ResourceFault
+from app.domain.errors import DataFault, ResourceFault
+from tests.waiting import until
 from tests.worker import sets
 from tests.worker.objectives import Hungry
 from tests.worker.partner import MLP, SGD
 from worker.report import Message, Planned, Saved
-from worker.trainer import assembly, devices, training
+from worker.trainer import assembly, devices, ranks, training
 
 pytestmark = pytest.mark.worker
 
@@ -58,6 +61,41 @@ def test_a_killed_process_ends_the_run_as_a_system_fault(many: DatasetFacts, tmp
     assert "Process 2 of 2 was killed (SIGKILL)" in last.error.message
     assert heard.of(Saved), "what was saved before is kept"
     assert children() == []
+
+
+def test_a_failure_in_one_of_the_others_alone_is_said_before_it_leaves_the_group(
+    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-m", "tests.worker.failing", "rank"))
+    _, last = sets.failed(sets.order(job(epochs=5000), many, tmp_path, processes=2))
+    assert (last.error.fault, last.error.code) == ("data", "broken_row")
+    assert children() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(DataFault("Row 7 is broken.", code="row"), "row"), (RuntimeError("bad"), "crash")]
+)
+def test_a_failure_in_the_first_process_alone_is_said_and_the_group_is_left_when_nobody_else_is_in_it(
+    many: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    # On GPUs the others, who wait for this process's gradients, keep whoever destroys the group waiting as well.
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: until(lambda: not children(), 20, "the others hang"))
+    leave, with_others = distributed_c10d._abort_process_group, list[int]()
+
+    def abort() -> None:
+        with_others.append(len(children()))
+        leave()
+
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", abort)
+    monkeypatch.setattr(ranks, "NOTICE_SECONDS", 0.5)
+
+    def fail(message: Message) -> None:
+        if isinstance(message, Saved):
+            raise error
+
+    _, last = sets.failed(sets.order(job(epochs=5000, checkpoint_every=20), many, tmp_path, processes=2), fail)
+    assert (last.error.code, with_others) == (code, [0])
+    assert str(error) in last.error.message
 
 
 def test_no_process_outlives_the_first_one(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,7 +45,11 @@ def lane() -> tuple[int, ...]:
 
 @contextmanager
 def joined(store: Path, number: int, count: int, device: str) -> Iterator[None]:
-    """Be process `number` of `count` for a while; they find each other through a file, on this host alone."""
+    """Be process `number` of `count` for a while; they find each other through a file, on this host alone.
+
+    After an error inside, the group is given up and not destroyed: destroying waits for what was begun in it, which on
+    GPUs takes every process, and the others may be gone or know nothing of the error.
+    """
     global _host
     if Path("/sys/class/net/lo").exists():
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -56,9 +61,13 @@ def joined(store: Path, number: int, count: int, device: str) -> Iterator[None]:
     try:
         _host = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
         yield
+    except BaseException:
+        distributed_c10d._abort_process_group()
+        raise
+    else:
+        dist.destroy_process_group()
     finally:
         _host = None
-        dist.destroy_process_group()
 
 
 @contextmanager

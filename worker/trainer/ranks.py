@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from pydantic import BaseModel
@@ -64,17 +65,13 @@ def together(order: Order, plan: Plan, checkpoint: Path | None, reporter: Report
     try:
         told = order.model_copy(update={"checkpoint": str(checkpoint) if checkpoint else None})
         ranks.begin(told, plan, folder / "store")
-        with distributed.joined(folder / "store", 0, plan.world_size, plan.device):
+        joined = distributed.joined(folder / "store", 0, plan.world_size, plan.device)
+        with ranks.ended_by_an_error(), joined, ranks.ended_by_an_error():
             reporter.event(
                 "processes.joined", f"{plan.world_size} processes train together.", processes=plan.world_size
             )  # fmt: skip
             yield
         ranks.end()
-    except RuntimeError as error:
-        lost = None if isinstance(error, torch.OutOfMemoryError) else ranks.fault(within=NOTICE_SECONDS)
-        if lost is None:
-            raise
-        raise lost from error
     finally:
         ranks.kill()
         shutil.rmtree(folder, ignore_errors=True)
@@ -107,6 +104,23 @@ class _Ranks:
             while not self._ready.acquire(timeout=0.2):
                 if self._lost.is_set():
                     raise self.fault(within=0.0) or SystemFault("A process of this run was lost.")
+
+    @contextmanager
+    def ended_by_an_error(self) -> Iterator[None]:
+        """End the others when something goes wrong here, before their group is left; raise what was wrong with them.
+
+        The error of this process is often nothing but theirs, as it looks from here; and where it is not, the group
+        breaks for them as soon as it is left, and what they would say of that is nothing to go by.
+        """
+        try:
+            yield
+        except BaseException as error:
+            may_be_theirs = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+            lost = self.fault(within=NOTICE_SECONDS) if may_be_theirs and not self._over.is_set() else None
+            self.kill()
+            if lost is None:
+                raise
+            raise lost from error
 
     def end(self) -> None:
         """Let the others go, who have nothing left to do."""
@@ -177,10 +191,11 @@ class _Ranks:
 _FAULTS = {fault.fault: fault for fault in (UserFault, DataFault, ResourceFault, SystemFault)}
 
 
-def follow(work: Callable[[Told, Callable[[], None]], None]) -> int:
+def follow(work: Callable[[Told, Callable[[], None], Callable[[JobFault], NoReturn]], None]) -> int:
     """Be one of the others: read what there is to do, do it, and stay until the first process closes the line.
 
-    `work` gets what was told, and a function to call when it is about to join; it raises nothing but JobFaults.
+    `work` gets what was told, a function to call when it is about to join, and one that says a failure and ends this
+    process at once, wherever it is called; it raises nothing.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
     line = sys.stdin.readline()
@@ -196,6 +211,11 @@ def follow(work: Callable[[Told, Callable[[], None]], None]) -> int:
         answers.write(json.dumps(what) + "\n")
         answers.flush()
 
+    def give_up(fault: JobFault) -> NoReturn:
+        say(fault.failure("train").model_dump())
+        traceback.print_exc()
+        os._exit(1)
+
     done = threading.Event()
 
     def watch() -> None:
@@ -205,12 +225,7 @@ def follow(work: Callable[[Told, Callable[[], None]], None]) -> int:
 
     line_end = threading.Thread(target=watch, name="line", daemon=True)
     line_end.start()
-    try:
-        work(told, lambda: say(READY))
-    except JobFault as fault:
-        traceback.print_exc()
-        say(fault.failure("train").model_dump())
-        return 1
+    work(told, lambda: say(READY), give_up)
     done.set()
     line_end.join()
     return 0

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -52,7 +52,7 @@ class _NotMine(Checkpoints):
         """Leave it to the first process."""
 
 
-def follow(told: ranks.Told, ready: Callable[[], None]) -> None:
+def follow(told: ranks.Told, ready: Callable[[], None], give_up: Callable[[JobFault], NoReturn]) -> None:
     """Train beside the first process of a run, from the same plan and checkpoint."""
     order, plan, reporter = told.order, told.plan, Reporter()
     if plan.device == "cuda":
@@ -63,14 +63,18 @@ def follow(told: ranks.Told, ready: Callable[[], None]) -> None:
         made = start(assemble(order, reporter, plan=plan), order, reporter)
         ready()
         with distributed.joined(Path(told.store), told.rank, plan.world_size, plan.device):
-            loop.train(
-                made.objective, made.data, made.spec.training, plan, made.device, reporter,
-                _NotMine(Path(order.scratch), reporter, newest=newest), kind=made.recipe.kind,
-            )  # fmt: skip
-    except JobFault:
-        raise
+            try:
+                loop.train(
+                    made.objective, made.data, made.spec.training, plan, made.device, reporter,
+                    _NotMine(Path(order.scratch), reporter, newest=newest), kind=made.recipe.kind,
+                )  # fmt: skip
+            except Exception as error:
+                # Said before the group is left, which on a GPU may hang: the others are still at work in it.
+                give_up(error if isinstance(error, JobFault) else translated(error, reporter))
+    except JobFault as fault:
+        give_up(fault)
     except Exception as error:
-        raise translated(error, reporter) from error
+        give_up(translated(error, reporter))
 
 
 def plan_of(order: Order, checkpoints: Checkpoints) -> Plan | None:
