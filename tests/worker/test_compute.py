@@ -52,12 +52,6 @@ def test_the_next_run_of_a_process_is_not_bound_by_it(after: Plan) -> None:
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_a_gpu_run_repeats_where_it_was_asked_to() -> None:
-    assert compute.repeats(ON_GPU)
-    assert compute.repeats(ON_CPU.model_copy(update={"deterministic": False}))
-    assert not compute.repeats(ON_GPU.model_copy(update={"deterministic": False}))
-
-
 def test_float32_is_not_rounded_for_a_while() -> None:
     compute.settle(ON_GPU)
     with compute.exact_float32():

@@ -32,11 +32,6 @@ def settle(plan: Plan) -> None:
         getattr(torch.backends.cuda, f"enable_{fused}_sdp")(not ordered)
 
 
-def repeats(plan: Plan) -> bool:
-    """Say whether a run under this plan gives the same bits every time on the same machine."""
-    return plan.device != "cuda" or plan.deterministic
-
-
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Let a GPU round no float32 to TF32 for a while, neither in products nor in convolutions."""
