@@ -122,7 +122,7 @@ def train(
             reseed(derive(training.seed, "epoch", epoch), device)
             stale = objective.before_epoch(
                 evaluate.FeaturesOf(objective.backbone, data, plan, device, ticker("features")),
-                _progress(state, plan),
+                _progress(state.step, plan),
             )
             optimizer.reset(stale or ())
             distributed.agree(module)
@@ -131,10 +131,9 @@ def train(
         for rows, batch in ahead(data.train, _batches(order, plan, state.step, share), epoch):
             if halted():
                 break
-            progress = _progress(state, plan)
-            scales = objective.at_step(progress) if hasattr(module, "at_step") else {}
-            learning_rate = _learning_rate(state.step, training, plan) * scales.get("learning_rate", 1.0)
-            optimizer.schedule(learning_rate, training.weight_decay * scales.get("weight_decay", 1.0))
+            progress = _progress(state.step, plan)
+            learning_rate, weight_decay = _rates(module, progress, training, plan)
+            optimizer.schedule(learning_rate, weight_decay)
 
             # Dropout, and whatever a recipe draws: another draw for the other samples of another process.
             reseed(derive(training.seed, "step", state.step, *distributed.lane()), device)
@@ -215,14 +214,17 @@ def train(
     )  # fmt: skip
 
 
-def _progress(state: State, plan: Plan) -> Progress:
-    return Progress(state.step, plan.steps, state.step // plan.steps_per_epoch, plan.epochs)
+def _progress(step: int, plan: Plan) -> Progress:
+    return Progress(step, plan.steps, step // plan.steps_per_epoch, plan.epochs)
 
 
-def _learning_rate(step: int, training: Training, plan: Plan) -> float:
+def _rates(module: nn.Module, progress: Progress, training: Training, plan: Plan) -> tuple[float, float]:
+    """Give the learning rate and the weight decay of a step."""
+    scales = cast(Any, module).at_step(progress) if hasattr(module, "at_step") else {}
     # Half a step on, so that neither the first step of a warm-up nor the last of a decay is spent at zero.
-    fraction = (step + 0.5) / plan.steps
-    return plan.learning_rate * schedule.scale(training.schedule, fraction, training.warmup_fraction)
+    fraction = (progress.step + 0.5) / plan.steps
+    rate = plan.learning_rate * schedule.scale(training.schedule, fraction, training.warmup_fraction)
+    return rate * scales.get("learning_rate", 1.0), training.weight_decay * scales.get("weight_decay", 1.0)
 
 
 def _batches(order: Tensor, plan: Plan, step: int, share: Share) -> Iterator[Tensor]:
@@ -319,8 +321,8 @@ def _refuse_non_finite(
     epoch, position = divmod(step, plan.steps_per_epoch)
     order = draw_order(module, data.train.labels, plan, seed=training.seed, epoch=epoch)
     rows = order[position * plan.batch_size : (position + 1) * plan.batch_size]
-    samples = data.train.batch(rows, epoch)["index"].tolist()
-    rate = _learning_rate(step, training, plan)
+    samples = data.train.numbers(rows).tolist()
+    rate, _ = _rates(module, _progress(step, plan), training, plan)
     raise UserFault(
         f"The loss was not finite at step {step + 1} (learning rate {rate:.3g}); the batch held the samples "
         f"{', '.join(map(str, samples[:32]))}{', …' if len(samples) > 32 else ''}.",

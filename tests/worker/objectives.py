@@ -37,7 +37,11 @@ class Rows:
 
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """Give some of them."""
-        return {"image": self.pixels[rows], "label": self.labels[rows], "index": rows + 100}
+        return {"image": self.pixels[rows], "label": self.labels[rows], "index": self.numbers(rows)}
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Number them from 100."""
+        return rows + 100
 
 
 def whole(rows: Rows) -> Part:

@@ -242,3 +242,13 @@ def test_a_step_is_rate_times_clipped_gradient_and_decay(
     assert 1 - module.backbone.weight.item() == pytest.approx(step, rel=1e-4, abs=1e-7)
     rates = [value for name, _, value in heard.metrics() if name == "train/learning_rate"]
     assert rates == [pytest.approx(0.1 * scales.get("learning_rate", 1.0))]
+
+
+def test_the_rate_that_a_fault_names_is_the_one_that_was_used(tmp_path: Path) -> None:
+    class Bad(Sloped):
+        def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+            return {"loss": super().forward(batch, progress)["loss"] * math.nan}
+
+    training = Training(epochs=1, batch_size=12, schedule="constant", warmup_fraction=0)
+    with pytest.raises(UserFault, match=r"at step 1 \(learning rate 0\.025\)"):
+        train(Bad({"learning_rate": 0.25}), training, tmp_path, made=plan(training, learning_rate=0.1))

@@ -212,6 +212,9 @@ class Lying:
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         return {**self._source.batch(rows, epoch), "label": self.labels[rows]}
 
+    def numbers(self, rows: Tensor) -> Tensor:
+        return self._source.numbers(rows)
+
 
 @pytest.mark.parametrize("objective", ["fixmatch", "simclr"])
 def test_labels_outside_the_budget_are_never_looked_at(objective: str, digits: DatasetFacts, tmp_path: Path) -> None:

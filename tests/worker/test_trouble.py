@@ -3,11 +3,12 @@
 import contextlib
 import hashlib
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from app.domain.spec import Spec
 from tests.worker import sets
 from worker import checkpoint
 from worker.data.encoded import Encoded
+from worker.data.order import draw_order
+from worker.data.source import Part
 from worker.report import Event, Order, Planned, Saved
 from worker.trainer import assembly, devices, training
 from worker.trainer.trouble import is_out_of_memory
@@ -42,6 +45,23 @@ def test_a_loss_that_is_not_finite_is_the_users_and_the_last_good_checkpoint_sta
     newest = checkpoint.read(Path(order.scratch) / saved[-1].file)
     assert all(value.isfinite().all() for value in newest.part("model").values() if value.is_floating_point())
     assert not (Path(order.scratch) / "model").exists()
+
+
+def test_a_loss_over_cached_features_names_the_samples_too(digits: DatasetFacts, tmp_path: Path) -> None:
+    training = {"optimizer": "sgd", "learning_rate": 1e19, "precision": "float32", "weight_decay": 1.0}
+    body = sets.spec(params={"trainable": "head"}, training=training)
+    heard, last = sets.failed(sets.order(body, digits, tmp_path))
+    assert last.error.code == "loss_not_finite"
+    assert "features.cached" in heard.codes()
+    said = re.search(r"at step (\d+) .* held the samples ([\d, ]+)\.$", last.error.message)
+    assert said is not None
+    made = assembly.assemble(sets.order(body, digits, tmp_path), sets.Heard().reporter)
+    epoch, position = divmod(int(said[1]) - 1, made.plan.steps_per_epoch)
+    order = draw_order(made.objective, made.data.train.labels, made.plan, seed=made.spec.training.seed, epoch=epoch)
+    places = order[position * 16 : (position + 1) * 16]
+    numbers = cast(Part, made.data.train).rows[places].tolist()
+    assert list(map(int, said[2].split(", "))) == numbers
+    assert numbers != places.tolist(), "the samples that validate are not counted"
 
 
 class Budget:

@@ -50,7 +50,12 @@ class Features:
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """Give the rows of these numbers, each in another of its views from epoch to epoch."""
         views = (rows + epoch) % len(self.values)
-        return {"prefix": self.values[views, rows].float(), "label": self.labels[rows], "index": rows}
+        numbers = self.source.numbers(rows)
+        return {"prefix": self.values[views, rows].float(), "label": self.labels[rows], "index": numbers}
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Give the sample numbers of these rows."""
+        return self.source.numbers(rows)
 
 
 def choose_views(

@@ -50,6 +50,10 @@ class Images:
             "epoch": torch.full_like(rows, epoch),
         }
 
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Give the sample numbers of these rows."""
+        return rows + self.first
+
 
 @dataclass(frozen=True)
 class Streamed:
@@ -75,8 +79,12 @@ class Streamed:
         read = self.encoded.read(numbers)
         made = list(self.pool.map(lambda row, data: self.encoded.decoded(row, data, channels, size), numbers, read))
         images = _as_kept(torch.stack([_movable(image) for image in made]), made[0])
-        index, epochs = rows + self.first, torch.full_like(rows, epoch)
-        return {"image": images, "label": self.labels[rows], "index": index, "epoch": epochs}
+        epochs = torch.full_like(rows, epoch)
+        return {"image": images, "label": self.labels[rows], "index": self.numbers(rows), "epoch": epochs}
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Give the sample numbers of these rows."""
+        return rows + self.first
 
 
 def _movable(pixels: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ class Source(Protocol):
         """Give the rows of these numbers, int64 [batch]; `epoch` matters only where views of a sample are cached."""
         ...
 
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Give the numbers of these rows' samples, counted over all splits: what a batch holds as "index"."""
+        ...
+
 
 @dataclass(frozen=True)
 class Part:
@@ -53,6 +57,10 @@ class Part:
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """Give the rows of these numbers within the part."""
         return {**self.source.batch(self.rows[rows], epoch), "label": self.labels[rows]}
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Give the sample numbers of these rows."""
+        return self.source.numbers(self.rows[rows])
 
 
 def part(source: Source, rows: Tensor, *, hidden: Tensor | None = None) -> Part:
