@@ -128,7 +128,7 @@ def train(
             distributed.agree(module)
         order = draw_order(module, data.train.labels, plan, seed=training.seed, epoch=epoch)
 
-        for rows, batch in ahead(data.train, _batches(order, plan, state.step, share), epoch):
+        for rows, batch in ahead(data.train, _batches(order, plan, state.step, share), epoch, device=device):
             if halted():
                 break
             progress = _progress(state.step, plan)

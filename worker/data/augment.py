@@ -6,6 +6,7 @@ what is linear in colour (brightness, contrast, saturation, greyscale) one 3x3 m
 clamped between the steps of a chain, only at its end.
 """
 
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,13 @@ from torch import Tensor
 
 # ITU-R 601, as torchvision's rgb_to_grayscale has it.
 LUMA = (0.2989, 0.587, 0.114)
+
+
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Give numbers as float32 on a device, made there once: to make them is to wait for the device."""
+    with torch.inference_mode(mode=False):  # whoever needs them first
+        return torch.tensor(values, device=device)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -158,7 +166,7 @@ def affine(images: Tensor, angle: Tensor, translate: Tensor, scale: Tensor, shea
     inverse = torch.stack([torch.stack([cos - sin * tan, cos * tan + sin], 1), torch.stack([-sin, cos], 1)], 1)
     inverse = inverse / scale[:, None, None]
     moved = -(inverse @ translate[:, :, None].to(inverse.dtype)).squeeze(2)  # in pixels
-    half = torch.tensor([width / 2, height / 2], device=images.device)
+    half = constant((width / 2, height / 2), images.device)
     theta = torch.cat([inverse * half[None, None, :] / half[None, :, None], (moved / half)[:, :, None]], 2)
     grid = F.affine_grid(theta.float(), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -200,7 +208,7 @@ class Colour:
         self._images = images
         self._mean = images.mean((2, 3))  # [batch, channels]
         luma = LUMA if channels == 3 else (1.0,) * channels
-        self._luma = torch.tensor(luma, device=images.device) / (1.0 if channels == 3 else channels)
+        self._luma = constant(luma, images.device) / (1.0 if channels == 3 else channels)
         self.matrix = torch.eye(channels, device=images.device).repeat(batch, 1, 1)
         self.offset = torch.zeros(batch, channels, device=images.device)
 
@@ -263,7 +271,7 @@ def erase(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tens
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Give labels as float32 [batch, classes]; a label of -1 gives zeros."""
-    return F.one_hot(labels.clamp(min=0), classes).float() * (labels >= 0)[:, None]
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
 
 
 def mixup(batch: dict[str, Tensor], share: Tensor, partner: Tensor, *, classes: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from app.domain.datasets import SPLITS, DatasetFacts
 from worker.data.encoded import Encoded
 from worker.data.rows import Array, cached_rows, total_bytes
 from worker.data.shelf import Shelf, entry_key
+from worker.data.source import carried
 from worker.disk import amount
 from worker.recipe import Batch
 from worker.report import Reporter
@@ -44,9 +45,9 @@ class Images:
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """Give the rows of these numbers."""
         return {
-            "image": _as_kept(_movable(self.pixels).index_select(0, rows.to(self.pixels.device)), self.pixels),
+            "image": _as_kept(_movable(self.pixels).index_select(0, carried(rows, self.pixels.device)), self.pixels),
             "label": self.labels[rows],
-            "index": rows + self.first,
+            "index": self.numbers(rows),
             "epoch": torch.full_like(rows, epoch),
         }
 

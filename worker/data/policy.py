@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from worker.data import augment
+from worker.parts.seed import generator as seeded
 from worker.recipe import Batch, Info
 
 Augment = Callable[[Tensor, Generator], Tensor]
@@ -28,6 +29,17 @@ def uniform(count: int, low: float, high: float, generator: Generator) -> Tensor
 def chance(count: int, probability: float, generator: Generator) -> Tensor:
     """Draw one yes or no per sample."""
     return torch.rand(count, generator=generator, device=generator.device) < probability
+
+
+def on_host(generator: Generator) -> Generator:
+    """Give the generator of what decides how the host goes on: to read such a draw from a device is to wait for it.
+
+    On a CPU it is the generator itself. Beside a device's it is another one, made of its seed and of how much it has
+    drawn, so what it gives is a function of the same (seed, step).
+    """
+    if generator.device.type == "cpu":
+        return generator
+    return seeded(generator.initial_seed(), "host", generator.get_offset())
 
 
 @dataclass(frozen=True)
@@ -261,7 +273,8 @@ def mix(
     count, _, height, width = images.shape
     device = generator.device
     partner = torch.randperm(count, generator=generator, device=device)
-    use_mixup = bool(mixup) and (not cutmix or bool(chance(1, 0.5, generator).item()))
+    # `numpy` reads nothing but the host's own memory, here and where RandAugment counts.
+    use_mixup = bool(mixup) and (not cutmix or bool(chance(1, 0.5, on_host(generator)).numpy()[0]))
     share = _beta(count, mixup if use_mixup else cutmix, generator)
     if use_mixup:
         return augment.mixup(batch, share, partner, classes=classes)

@@ -7,11 +7,13 @@ that every operation runs once and on its own samples only.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from worker.data.augment import LUMA
-from worker.data.policy import Augment, View
+from worker.data.policy import Augment, View, on_host
+from worker.data.source import carried
 
 BINS = 30  # the largest magnitude
 OPERATIONS = (
@@ -32,7 +34,7 @@ class RandAugment:
         """Draw for every sample of `images` [batch, channels, height, width], bytes or in [0, 1]; gives bytes."""
         # A sample's draws lie in one row, so that several processes can share a batch's (shares.py).
         shape, device = (len(images), self.operations), generator.device
-        operations = torch.randint(len(OPERATIONS), shape, generator=generator, device=device)
+        operations = torch.randint(len(OPERATIONS), shape, generator=on_host(generator))
         noise = torch.randn(shape, generator=generator, device=device)
         levels = (self.magnitude + self.spread * noise).clamp_(0, BINS) / BINS
         signs = torch.randint(2, shape, generator=generator, device=device) * 2 - 1
@@ -61,13 +63,13 @@ def apply(images: Tensor, operations: Tensor, levels: Tensor, signs: Tensor) -> 
 
     Args:
         images: uint8 [batch, channels, height, width], 1 or 3 channels.
-        operations: int64 [rounds, batch], numbers in OPERATIONS.
+        operations: int64 [rounds, batch], numbers in OPERATIONS; on the host, because they say what is to be done.
         levels: float [rounds, batch], 0 (weakest) to 1.
         signs: [rounds, batch], 1 or -1: the way of what can go two ways.
     """
-    counts = (operations[:, :, None] == torch.arange(len(OPERATIONS), device=operations.device)).sum(1).tolist()
-    for operation, level, sign, lengths in zip(operations, levels, signs, counts, strict=True):
-        order = operation.argsort()
+    for operation, level, sign in zip(operations, levels, signs, strict=True):
+        lengths = np.bincount(operation.numpy(), minlength=len(OPERATIONS)).tolist()
+        order = carried(operation.argsort(), images.device)
         parts = zip(
             images[order].split(lengths), level[order].split(lengths), (level * sign)[order].split(lengths),
             OPERATIONS, strict=True,

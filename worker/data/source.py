@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -82,6 +81,9 @@ class Data:
     mean: Tensor  # [channels], of pixels in [0, 1]
     std: Tensor
     probe: Source | None = None  # rows of the training split, without augmentation
+    # (x - mean) / std as x * scale + shift, one pass: scale, scale of bytes and shift, each [channels, 1, 1], where they
+    # were wanted.
+    _lines: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def ready(self, batch: Batch, device: torch.device, draws: Generator | None = None) -> Batch:
         """Move a batch to the device, pass it through the recipe's inputs, and normalise every image in it.
@@ -89,7 +91,7 @@ class Data:
         Without `draws` (of that device) the inputs are left out. Bytes travel, floats are made on the device, from
         16-bit images before anything else.
         """
-        moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        moved = {key: carried(value, device) for key, value in batch.items()}
         moved = {key: value.float() / 65535 if value.dtype == torch.uint16 else value for key, value in moved.items()}
         if draws is not None and self.prepare is not None:
             moved = self.prepare(moved, draws)
@@ -97,14 +99,20 @@ class Data:
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Bring images to zero mean and unit deviation per channel."""
-        scale, scale_of_bytes, shift = (value.to(images.device) for value in self._line)
+        device = images.device
+        if device not in self._lines:
+            with torch.inference_mode(mode=False):  # whoever needs it first
+                scale, shift = (1 / self.std)[:, None, None], (-self.mean / self.std)[:, None, None]
+                self._lines[device] = tuple(value.to(device) for value in (scale, scale / 255, shift))
+        scale, scale_of_bytes, shift = self._lines[device]
         return torch.addcmul(shift, images.float(), scale_of_bytes if images.dtype == torch.uint8 else scale)
 
-    @cached_property
-    def _line(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(x - mean) / std as x * scale + shift, one pass; each [channels, 1, 1]."""
-        scale, shift = (1 / self.std)[:, None, None], (-self.mean / self.std)[:, None, None]
-        return scale, scale / 255, shift
+
+def carried(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor without waiting for it: a GPU fetches by itself what lies in pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def in_order(source: Source, size: int) -> Iterator[Tensor]:
@@ -113,9 +121,18 @@ def in_order(source: Source, size: int) -> Iterator[Tensor]:
 
 
 def ahead(
-    source: Source, batches: Iterator[Tensor], epoch: int = 0, *, depth: int = 3
+    source: Source, batches: Iterator[Tensor], epoch: int = 0, *, depth: int = 3, device: torch.device | None = None
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """Read batches in this order, a few ahead on a thread of their own where the source is slow."""
+    """Read batches in this order, a few ahead on a thread of their own where the source is slow.
+
+    What is read ahead for a GPU is left in pinned memory.
+    """
+
+    def read(rows: Tensor) -> Batch:
+        batch = source.batch(rows, epoch)
+        pins = device is not None and device.type == "cuda"
+        return {key: value.pin_memory() for key, value in batch.items()} if pins else batch
+
     if not source.slow:
         for rows in batches:
             yield rows, source.batch(rows, epoch)
@@ -123,7 +140,7 @@ def ahead(
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
         waiting: list[tuple[Tensor, Future[Batch]]] = []
         for rows in batches:
-            waiting.append((rows, pool.submit(source.batch, rows, epoch)))
+            waiting.append((rows, pool.submit(read, rows)))
             if len(waiting) > depth:
                 first, found = waiting.pop(0)
                 yield first, found.result()
