@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from worker.data.source import Data, Source, ahead, in_order
 from worker.parts import compute, distributed, metrics
+from worker.parts.memory import in_pieces
 from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import PROBE_ROWS, VIEW_ROWS, Plan, view_rows
-from worker.recipe import Progress
+from worker.recipe import Batch, Progress
 
 Tick = Callable[[int, int], None]  # is told how many rows of how many are done
 
@@ -34,30 +35,36 @@ def outputs(
 ) -> dict[str, Tensor]:
     """Run an objective's `evaluate` over a source: its per-sample tensors, and "label", on the CPU.
 
-    An objective without one gives the loss of its forward pass on inputs drawn as in training, the same every time.
+    An objective without one gives the loss of its forward pass on inputs drawn as in training, the same every time;
+    where memory does not hold a batch at once, the mean over pieces of the size that training takes.
     Several processes take turns in the batches, and all get everything.
     """
     evaluate: Callable[..., dict[str, Tensor]] | None = getattr(module, "evaluate", None)
-    collected: dict[int, dict[str, Tensor]] = {}
-    first, step = distributed.rank(), distributed.world_size()
+    collected: dict[int, list[dict[str, Tensor]]] = {}
+    number = first = distributed.rank()
+    step = distributed.world_size()
     batches = list(in_order(source, max(plan.batch_size, 256)))
+
+    def found_in(batch: Batch) -> dict[str, Tensor]:
+        if evaluate is None:
+            reseed(derive(0, "validation", number), device)
+            ready = data.ready(batch, device, generator(0, "validation", number, device=device))
+            loss: Tensor = module(compute.laid_out(ready, plan), Progress(0, 1, 0, 1))["loss"]
+            found = {"loss": loss.float().expand(len(batch["label"]))}
+        else:
+            found = evaluate(compute.laid_out(data.ready(batch, device), plan))
+        return {name: value.detach().cpu() for name, value in {**found, "label": batch["label"]}.items()}
+
+    run = in_pieces(found_in, least=1 if evaluate is not None else plan.batch_size // (plan.accumulate * plan.world_size))
     with evaluating(module, plan, device):
-        for turn, (rows, batch) in enumerate(ahead(source, iter(batches[first::step]))):
+        for turn, (rows, batch) in enumerate(ahead(source, iter(batches[first::step]), device=device)):
             number = first + turn * step
-            if evaluate is None:
-                if len(rows) < plan.batch_size and number:
-                    continue  # a loss that couples its batch means something else on a small rest
-                reseed(derive(0, "validation", number), device)
-                ready = data.ready(batch, device, generator(0, "validation", number, device=device))
-                loss: Tensor = module(compute.laid_out(ready, plan), Progress(0, 1, 0, 1))["loss"]
-                found = {"loss": loss.float().expand(len(rows))}
-            else:
-                found = evaluate(compute.laid_out(data.ready(batch, device), plan))
-            found = {**found, "label": batch["label"]}
-            collected[number] = {name: value.detach().cpu() for name, value in found.items()}
+            if evaluate is None and len(rows) < plan.batch_size and number:
+                continue  # a loss that couples its batch means something else on a small rest
+            collected[number] = run(batch)
             tick((number + 1) * len(rows), len(source))
     everything = {number: found for part in distributed.gather_objects(collected) for number, found in part.items()}
-    in_turn = [everything[number] for number in sorted(everything)]
+    in_turn = [found for number in sorted(everything) for found in everything[number]]
     return {name: torch.cat([found[name] for found in in_turn]) for name in (in_turn[0] if in_turn else ())}
 
 
@@ -84,12 +91,16 @@ def features(backbone: nn.Module, source: Source, data: Data, plan: Plan, device
     batches = list(in_order(source, 256))
     shared = len(batches) >= distributed.world_size()
     first, step = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
+    run = in_pieces(lambda piece: _embedded(backbone, data.ready(piece, device), plan))
     with evaluating(backbone, plan, device):
-        for _, batch in ahead(source, iter(batches[first::step])):
-            ready = compute.laid_out(data.ready({"image": batch["image"]}, device), plan)
-            made.append(backbone(ready["image"]).float().flatten(1))
+        for _, batch in ahead(source, iter(batches[first::step]), device=device):
+            made.append(torch.cat(run({"image": batch["image"]})))
             tick(len(made) * 256 * step, len(source))
     return distributed.interleave(made, 256, len(source)) if shared else torch.cat(made)
+
+
+def _embedded(backbone: nn.Module, ready: Batch, plan: Plan) -> Tensor:
+    return backbone(compute.laid_out(ready, plan)["image"]).float().flatten(1)
 
 
 @dataclass(frozen=True)
@@ -152,8 +163,8 @@ def _two_views(backbone: nn.Module, data: Data, plan: Plan, device: torch.device
     if len(ready["image"]) < 2 * len(rows):
         return None
     with evaluating(backbone, plan, device):
-        images = compute.laid_out({"image": ready["image"][: 2 * len(rows)]}, plan)["image"]
-        first, second = backbone(images).float().flatten(1).chunk(2)
+        run = in_pieces(lambda piece: _embedded(backbone, piece, plan))
+        first, second = torch.cat(run({"image": ready["image"][: 2 * len(rows)]})).chunk(2)
     return first, second
 
 

@@ -29,6 +29,7 @@ from worker.data.shares import Share
 from worker.data.source import Data, ahead
 from worker.parts import compute, distributed, optim, schedule
 from worker.parts.ema import Average
+from worker.parts.memory import not_training
 from worker.parts.metrics import collapsed
 from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import Plan
@@ -120,10 +121,9 @@ def train(
         epoch, position = divmod(state.step, plan.steps_per_epoch)
         if position == 0 and hasattr(module, "before_epoch"):
             reseed(derive(training.seed, "epoch", epoch), device)
-            stale = objective.before_epoch(
-                evaluate.FeaturesOf(objective.backbone, data, plan, device, ticker("features")),
-                _progress(state.step, plan),
-            )
+            features_of = evaluate.FeaturesOf(objective.backbone, data, plan, device, ticker("features"))
+            with not_training():
+                stale = objective.before_epoch(features_of, _progress(state.step, plan))
             optimizer.reset(stale or ())
             distributed.agree(module)
         order = draw_order(module, data.train.labels, plan, seed=training.seed, epoch=epoch)
@@ -245,6 +245,7 @@ def _micro_batches(batch: Batch, size: int, plan: Plan) -> Iterator[Batch]:
         yield {key: value[rows] for key, value in batch.items()}
 
 
+@not_training()
 def _look(
     module: nn.Module, data: Data, plan: Plan, device: torch.device, epoch: int, tick: Ticker
 ) -> dict[str, float]:

@@ -279,3 +279,35 @@ def test_a_digest_follows_the_weights() -> None:
     with torch.no_grad():
         other.weight[0, 0] += 1e-7 + other.weight[0, 0].abs() * 1e-6
     assert features.digest(one) != features.digest(other)
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_where_memory_runs_out_the_prefix_runs_over_fewer_samples_at_once(
+    augmented: bool, made: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = cached(made, tmp_path / "whole", augmented=augmented)
+    real, sizes = features.folded, list[int]()
+
+    def limited(*given: Any) -> nn.Module:
+        def look(module: nn.Module, images: tuple[torch.Tensor]) -> None:
+            if len(images[0]) > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            sizes.append(len(images[0]))
+
+        runs = real(*given)
+        runs.register_forward_pre_hook(look)
+        return runs
+
+    monkeypatch.setattr(features, "folded", limited)
+    found = cached(made, tmp_path / "pieces", augmented=augmented)
+    assert max(sizes) == 4
+    torch.testing.assert_close(found.values, expected.values, atol=0.02, rtol=0.02)
+
+
+def test_a_row_has_the_number_of_its_sample(made: Assembly, tmp_path: Path) -> None:
+    found = cached(made, tmp_path / "f")
+    rows = torch.tensor([3, 100, 0])
+    numbers = found.batch(rows)["index"]
+    assert torch.equal(numbers, made.data.train.batch(rows)["index"])
+    assert torch.equal(found.numbers(rows), numbers)
+    assert not torch.equal(numbers, rows), "some of the split validates"

@@ -1,13 +1,24 @@
-"""Out of memory: the micro-batch is halved where the loss allows it, else the fault says what would fit."""
+"""Out of memory: in training a smaller micro-batch where the loss allows it, else the fault says what would fit;
+elsewhere smaller pieces, and no word of it.
+"""
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
+from app.domain.errors import ResourceFault
+from app.domain.spec import Training
 from tests.worker import sets
-from tests.worker.objectives import Hungry
+from tests.worker.objectives import CPU, Hungry, Rows, data, plan, whole
+from worker import evaluate
+from worker.recipe import Batch, Progress
 from worker.report import Planned, Saved
+from worker.trainer import assembly, ranks, training
 
 pytestmark = pytest.mark.worker
 
@@ -49,3 +60,125 @@ def test_a_loss_that_couples_its_batch_is_never_split_and_the_fault_names_what_f
     assert (last.error.fault, last.error.code) == ("resource", "out_of_memory")
     assert last.error.hint == "Set training.batch_size to 16."
     assert [message.plan["checkpoint_activations"] for message in heard.of(Planned)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "accumulate"), [(20, 4, [1, 2, 4, 10]), (100, 5, [1, 2, 4, 10, 20]), (27, 9, [1, 3])]
+)
+def test_the_next_micro_batch_is_the_largest_divisor_up_to_half(
+    batch: int, most: int, accumulate: list[int], digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hungry = Hungry(monkeypatch, most=most)
+    heard, _ = sets.finished(sets.order(sets.spec(training={"batch_size": batch, "epochs": 1}), digits, tmp_path))
+    plans = [message.plan for message in heard.of(Planned)]
+    assert [found["accumulate"] for found in plans] == accumulate
+    assert {found["batch_size"] for found in plans} == {batch}
+    assert set(hungry.sizes) == {batch // accumulate[-1]}
+
+
+@pytest.mark.parametrize(("most", "hint"), [(4, "Set training.batch_size to 3."), (0, "Use a smaller network")])
+def test_where_nothing_divides_the_batch_the_hint_is_a_size_that_was_tried(
+    most: int, hint: str, digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hungry(monkeypatch, most=most)
+    _, last = sets.failed(sets.order(sets.spec(training={"batch_size": 31}), digits, tmp_path))
+    assert (last.error.fault, last.error.code) == ("resource", "out_of_memory")
+    assert last.error.message == "A micro-batch of 31 does not fit into memory."
+    assert (last.error.hint or "").startswith(hint)
+
+
+class Narrow:
+    """Make a network run out of memory in passes without gradients over more than some images, like a GPU does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+        self.most, self.sizes = most, list[int]()
+        real = assembly.assemble
+
+        def assemble(*given: Any, **named: Any) -> Any:
+            made = real(*given, **named)
+            made.objective.backbone.register_forward_pre_hook(self._look)
+            return made
+
+        monkeypatch.setattr(training, "assemble", assemble)
+
+    def _look(self, module: nn.Module, given: tuple[Tensor]) -> None:
+        if torch.is_grad_enabled():
+            return
+        if len(given[0]) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        self.sizes.append(len(given[0]))
+
+
+EXACT = {"precision": "float32", "checkpoint_every": 5}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch", "most"), [("image_classification", 16, 7), ("simclr", 32, 33)],
+    ids=["validation and test", "probes, views and pictures"],
+)  # fmt: skip
+def test_evaluation_goes_in_smaller_pieces_by_itself_and_finds_the_same(
+    recipe: str, batch: int, most: int, digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = sets.spec(recipe, training={**EXACT, "batch_size": batch})
+    plain = sets.order(body, digits, tmp_path / "plain")
+    _, expected = sets.finished(plain)
+    narrow = Narrow(monkeypatch, most)
+    order = sets.order(body, digits, tmp_path / "narrow")
+    heard, last = sets.finished(order)
+    assert not [code for code in heard.codes() if code.startswith("memory.")]
+    assert len(heard.of(Planned)) == 1
+    assert 0 < max(narrow.sizes) <= most
+    assert last.metrics == pytest.approx(expected.metrics, rel=1e-3)
+    assert sets.weights_sha256(order) == sets.weights_sha256(plain)
+
+
+@pytest.mark.parametrize("validates", [True, False], ids=["while training", "after the last step"])
+def test_evaluation_that_does_not_fit_at_all_is_not_answered_by_smaller_micro_batches(
+    validates: bool, digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Narrow(monkeypatch, most=0)
+    body = sets.spec(data={"validation_fraction": 0.1 if validates else 0})
+    heard, last = sets.failed(sets.order(body, digits, tmp_path))
+    assert (last.error.fault, last.error.code, last.error.phase) == (
+        "resource", "out_of_memory", "evaluate" if validates else "train",
+    )  # fmt: skip
+    assert "out of memory" in last.error.message.lower()
+    assert not [code for code in heard.codes() if code.startswith("memory.")]
+    assert len(heard.of(Planned)) == 1
+
+
+class Lossy(nn.Module):
+    """An objective that says nothing of single samples and has room for some of them."""
+
+    couples_batch = True
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(16, 1)
+        self.most, self.sizes = most, list[int]()
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        self.sizes.append(len(batch["image"]))
+        if self.sizes[-1] > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return {"loss": batch["image"].mean()}
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(12, [12]), (7, [12, 6, 6]), (4, [12, 6, 4, 4, 4])])
+def test_a_loss_of_whole_batches_is_measured_in_pieces_that_training_takes(most: int, sizes: list[int]) -> None:
+    rows, module, made = Rows(), Lossy(most), plan(Training(batch_size=4))
+    found = evaluate.outputs(module, whole(rows), data(rows), made, CPU, lambda *_: None)
+    assert module.sizes == sizes
+    assert found["loss"].mean().item() == pytest.approx(rows.pixels.float().mean().item() / 255, rel=1e-5)
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.outputs(Lossy(3), whole(rows), data(rows), made, CPU, lambda *_: None)
+
+
+def test_what_another_process_could_not_evaluate_is_no_reason_for_smaller_micro_batches() -> None:
+    for phase, kind in (("evaluate", ResourceFault), ("train", MemoryError)):
+        processes = object.__new__(ranks._Ranks)
+        processes._lost, processes._codes = threading.Event(), {}
+        processes._lost.set()
+        fault = ResourceFault("Out of memory.", code="out_of_memory", phase=phase)
+        processes._failures = {1: fault.failure("train")}
+        assert isinstance(processes.fault(within=0.0), kind)

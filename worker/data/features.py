@@ -14,6 +14,7 @@ from worker.data.source import Data, Source, ahead, in_order
 from worker.disk import amount
 from worker.parts import compute, machine
 from worker.parts.fold import folded, is_plain
+from worker.parts.memory import in_pieces
 from worker.parts.seed import generator
 from worker.parts.tuning import Plan
 from worker.recipe import Batch
@@ -108,13 +109,14 @@ def cache_prefix(
         if runs is not prefix and plan.precision == "bfloat16" and is_plain(runs):
             dtype = torch.bfloat16
             runs = runs.to(dtype)
+        passes = in_pieces(lambda piece: runs(piece["image"].to(dtype)).to(torch.bfloat16).cpu())
         with torch.inference_mode(), compute.autocast(plan, device):
             for view in range(views):
                 start = 0
-                for batch_rows, batch in ahead(source, in_order(source, size), view):
+                for batch_rows, batch in ahead(source, in_order(source, size), view, device=device):
                     draws = generator(seed, "view", view, start, device=device) if augmented else None
                     ready = compute.laid_out(data.ready(batch, device, draws), plan)["image"]
-                    arrays["values"][view, start : start + len(batch_rows)] = runs(ready.to(dtype)).to(torch.bfloat16)
+                    arrays["values"][view, start : start + len(batch_rows)] = torch.cat(passes({"image": ready}))
                     start += len(batch_rows)
                     tick(view * rows + start, views * rows)
         arrays["seconds"][0] = time.monotonic() - began

@@ -90,7 +90,7 @@ def largest_batch(made: Assembly, first: int) -> int | None:
     while batch >= max(made.recipe.requires.min_batch, 1):
         try:
             _step(made, _share(made.plan).model_copy(update={"batch_size": batch, "accumulate": 1}), lambda: True)
-        except (MemoryError, RuntimeError):
+        except (MemoryError, RuntimeError, ValueError):  # the last is torch's, of batch norm on one sample
             batch //= 2
         else:
             return batch

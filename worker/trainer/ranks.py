@@ -155,7 +155,7 @@ class _Ranks:
                 name = signal.Signals(-code).name
                 return SystemFault(f"Process {rank + 1} of {self._count} was killed ({name}).", code="process_lost")
         failures = sorted(self._failures.values(), key=lambda failure: failure.code == "crash")
-        if failures and failures[0].code == "out_of_memory":
+        if failures and (failures[0].code, failures[0].phase) == ("out_of_memory", "train"):
             return MemoryError(failures[0].message)
         if failures:
             first = failures[0]

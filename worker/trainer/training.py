@@ -13,13 +13,14 @@ from worker.checkpoint import Checkpoints, Contents
 from worker.loop import Result
 from worker.parts import compute, distributed
 from worker.parts.export import Card, export
+from worker.parts.memory import is_out_of_memory, not_training
 from worker.parts.tuning import Plan
 from worker.report import Finished, MadeModel, Metrics, Order, Reporter
 from worker.ticker import Ticker
 from worker.trainer import ranks, show
 from worker.trainer.announce import announce
 from worker.trainer.assembly import Assembly, assemble, start
-from worker.trainer.trouble import is_out_of_memory, translated, with_less_memory
+from worker.trainer.trouble import translated, with_less_memory
 
 
 def train(order: Order, reporter: Reporter) -> Finished:
@@ -31,18 +32,19 @@ def train(order: Order, reporter: Reporter) -> Finished:
         made = assemble(order, reporter, plan=plan)
         plan = made.plan
         announce(plan, made.device, reporter, first=first)
+        made = start(made, order, reporter)
         try:
-            made = start(made, order, reporter)
             with ranks.together(order, plan, checkpoints.newest, reporter):
                 result = loop.train(
                     made.objective, made.data, made.spec.training, plan, made.device, reporter, checkpoints,
                     kind=made.recipe.kind,
                 )  # fmt: skip
-            return _finish(made, result, order, reporter)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             plan = with_less_memory(made, error, reporter)
+        else:
+            return _finish(made, result, order, reporter)
 
 
 class _NotMine(Checkpoints):
@@ -60,7 +62,8 @@ def follow(told: ranks.Told, ready: Callable[[], None], give_up: Callable[[JobFa
         order = order.model_copy(update={"device": f"cuda:{told.rank}"})
     newest = Path(order.checkpoint) if order.checkpoint else None
     try:
-        made = start(assemble(order, reporter, plan=plan), order, reporter)
+        with not_training():
+            made = start(assemble(order, reporter, plan=plan), order, reporter)
         ready()
         with distributed.joined(Path(told.store), told.rank, plan.world_size, plan.device):
             try:

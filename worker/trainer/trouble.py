@@ -4,22 +4,24 @@ import traceback
 from typing import Any, cast
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from app.domain.errors import JobFault, ResourceFault, SystemFault
 from worker.disk import is_full
+from worker.parts.memory import is_out_of_memory
 from worker.parts.tuning import Plan
 from worker.report import Reporter
 from worker.trainer import measure
 from worker.trainer.assembly import Assembly
 
 TRACE_LINES = 30
-_OUT_OF_MEMORY = (
-    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "status_alloc_failed",
-)  # fmt: skip
 
 
 def with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Plan:
-    """Halve the micro-batch, where that is the same computation but for batch norm; else keep fewer activations.
+    """Take a smaller micro-batch, where that is the same computation but for batch norm; else keep fewer activations.
+
+    The next one is the largest that divides the batch and is at most half of what did not fit: every attempt costs the
+    steps since the last checkpoint, and so there are few of them.
 
     Raises:
         ResourceFault: neither is left to do; the hint says what would fit.
@@ -43,27 +45,30 @@ def with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Pl
         raise ResourceFault(
             f"A batch of {micro} does not fit into memory even when activations are computed twice, and it is not "
             f"split, because the loss of {made.recipe.name} ties its samples together.", code="out_of_memory",
-            hint=f"Set training.batch_size to {fits * each}." if fits else "Use a smaller network or smaller images.",
+            hint=_what_fits(fits, each),
         ) from error  # fmt: skip
-    if micro == each or micro % (2 * each):
+    # Batch norm of one sample alone may be an error of torch's, and is never what was asked for.
+    least = each * (2 if any(isinstance(module, _BatchNorm) for module in made.objective.modules()) else 1)
+    below = range(micro // 2, least - 1, -1)
+    smaller = next((size for size in below if plan.batch_size % size == 0 == size % each), None)
+    if smaller is None:
+        fits = measure.largest_batch(made, micro // 2 // each) if micro // 2 >= least else None
         raise ResourceFault(
-            f"A micro-batch of {micro} does not fit into memory.", code="out_of_memory",
-            hint=f"Set training.batch_size to {2 * (plan.batch_size // 2)} or less." if micro > each
-            else "Use a smaller network or smaller images.",
-        ) from error  # fmt: skip
+            f"A micro-batch of {micro} does not fit into memory.", code="out_of_memory", hint=_what_fits(fits, each)
+        ) from error
     reporter.event(
         "memory.micro_batch_halved",
-        f"Out of memory: each batch of {plan.batch_size} now goes in parts of {micro // 2} whose gradients add up. "
-        "Batch norm sees the smaller parts.", level="warning", micro_batch=micro // 2,
+        f"Out of memory: each batch of {plan.batch_size} now goes in parts of {smaller} whose gradients add up. "
+        "Batch norm sees the smaller parts.", level="warning", micro_batch=smaller,
     )  # fmt: skip
     why = {**plan.reasons, "accumulate": f"a micro-batch of {micro} did not fit into memory"}
-    return plan.model_copy(update={"accumulate": plan.accumulate * 2, "reasons": why})
+    return plan.model_copy(update={"accumulate": plan.batch_size // smaller, "reasons": why})
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        text in str(error).lower() for text in _OUT_OF_MEMORY
-    )
+def _what_fits(each: int | None, processes: int) -> str:
+    if each is None:
+        return "Use a smaller network or smaller images."
+    return f"Set training.batch_size to {each * processes}."
 
 
 def translated(error: Exception, reporter: Reporter) -> JobFault:
