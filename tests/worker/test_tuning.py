@@ -7,7 +7,7 @@ import pytest
 
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
-from worker.parts import machine, tuning
+from worker.parts import choices, machine, tuning
 from worker.parts.machine import Hardware
 from worker.parts.tuning import Plan, Workload
 
@@ -112,6 +112,44 @@ def test_probes_are_rarer_where_a_step_is_cheap() -> None:
     pretraining = replace(CIFAR, kind="pretrain", samples=10_000)
     assert resolve(pretraining).probe_every == 3
     assert resolve(replace(pretraining, step_passes=2.0)).probe_every == 5
+
+
+FACTS = {
+    "device", "world_size", "deterministic", "checkpoint_activations", "optimizer", "epochs", "steps_per_epoch", "steps",
+    "samples", "image_size", "channels", "mean", "std", "prefix_views", "reasons",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["convolutional", "hierarchical", "vit", "mlp"])
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+@pytest.mark.parametrize("hardware", [AMD, OLD, GPU], ids=["cpu", "old cpu", "gpu"])
+def test_every_choice_has_its_reason(hardware: Hardware, kind: str, family: str) -> None:
+    plan = resolve(replace(CIFAR, kind=kind, family=family), hardware)
+    assert plan.reasons.keys() >= Plan.model_fields.keys() - FACTS
+    assert all(plan.reasons.values())
+
+
+def test_no_figure_of_a_processor_is_said_of_a_gpu() -> None:
+    plan = resolve(hardware=GPU)
+    for field in ("precision", "memory_format", "float32_matmul", "compile", "small_map_products"):
+        assert "not measured here" in plan.reasons[field], field
+        assert "times" not in plan.reasons[field], field
+        assert " s " not in plan.reasons[field], field
+    assert "after 26 s" in resolve().reasons["compile"]
+
+
+def test_the_reason_of_a_rate_gives_the_rate() -> None:
+    for batch in (16, 64, 256):
+        plan = resolve(batch_size=batch)
+        base, _, rule = plan.reasons["learning_rate"].partition(" x ")
+        assert rule.startswith("root(max(batch, 64) / 256)")
+        assert plan.learning_rate == pytest.approx(float(base) * (max(batch, 64) / 256) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("cache", ["resident", "memory_map", "stream"])
+def test_the_reason_of_a_cache_is_its_own(cache: Any) -> None:
+    plan = tuning.resolve(Training(), CIFAR, GPU, mean=(0.5,) * 3, std=(0.2,) * 3, cache=cache)
+    assert (plan.cache, plan.reasons["cache"]) == (cache, choices.CACHES[cache])
 
 
 def test_rates_follow_the_batch() -> None:

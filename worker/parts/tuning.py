@@ -1,9 +1,11 @@
 """What `auto` comes to: a pure function of what is trained, its shapes and the hardware. The plan says why.
 
-Batch size and learning rate depend on data and memory, never on time; nothing is measured on the way to the first step
-and nothing changes in the middle of a run. The figures behind the choices were measured on a 2-core AVX512-bf16 machine
-with torch 2.15: ResNet-18 with the small stem at 32 pixels trains 90 images/s in contiguous float32 and 180 with bf16
-autocast in channels_last; with its usual stem 1,080 either way, and 2,300 with small maps as products.
+Batch size and learning rate depend on the data, never on time; what turns out not to fit into memory goes in smaller
+micro-batches later on (trainer/trouble.py). Nothing is measured on the way to the first step and nothing changes in the
+middle of a run. The figures behind the choices were measured on a 2-core AVX512-bf16 machine with torch 2.15: ResNet-18
+with the small stem at 32 pixels trains 90 images/s in contiguous float32 and 180 with bf16 autocast in channels_last;
+with its usual stem 1,080 either way, and 2,300 with small maps as products. GPUs have no figures here, and
+the reasons (choices.py) say so.
 """
 
 import math
@@ -15,10 +17,9 @@ from pydantic import BaseModel, ConfigDict
 
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
+from worker.parts import choices
 from worker.parts.machine import Hardware
-from worker.parts.memo import Memo
-
-Precision = Literal["float32", "bfloat16", "float16"]
+from worker.parts.memo import Memo, MemoryFormat, Precision
 
 
 class Plan(BaseModel):
@@ -31,7 +32,7 @@ class Plan(BaseModel):
     world_size: int = 1
     threads: int
     precision: Precision
-    memory_format: Literal["contiguous", "channels_last"]
+    memory_format: MemoryFormat
     float32_matmul: Literal["highest", "high", "medium"]
     compile: bool
     deterministic: bool
@@ -114,22 +115,11 @@ def learning_rate(work: Workload, optimizer: Optimizer, batch: int, preset: str 
     if work.kind == "finetune" and work.pretrained:
         base /= 2
     rate = _round(base * math.sqrt(max(batch, 64) / 256))
-    return rate, f"{base} x root(batch / 256) for {optimizer.name} on a {work.family} network"
+    return rate, f"{base} x root(max(batch, 64) / 256) for {optimizer.name} on a {work.family} network"
 
 
 def _round(value: float) -> float:
     return float(f"{value:.3g}")
-
-
-def precision(work: Workload, hardware: Hardware) -> tuple[Precision, str]:
-    """Choose what autocast computes in; float16 on a CPU is hundreds of times slower than bfloat16 and never chosen."""
-    if not hardware.bfloat16:
-        if hardware.device == "cuda":
-            return "float16", "this GPU has no bfloat16"
-        return "float32", "this processor has no bfloat16 instructions"
-    if hardware.device == "cpu" and work.family == "mlp":
-        return "float32", "oneDNN's float32 is as fast for plain matrices on this processor"
-    return "bfloat16", "autocast: 1.5 to 3 times faster here at the same quality"
 
 
 def resolve(
@@ -173,9 +163,8 @@ def resolve(
     _refuse_uneven(batch, accumulate, processes)
     steps_per_epoch = max(1, work.samples // batch)
     steps = training.steps or steps_per_epoch * training.epochs
-    in_layers = work.family == "convolutional"
     threads, reasons["threads"] = thread_count(work.family, work.image_size, hardware, memo)
-    by_table = precision(work, hardware)
+    by_table = choices.precision(work.family, hardware)
     seen = memo.precision(work.family, threads, by_table[0]) if memo is not None else None
     chosen_precision: Precision = choose("precision", training.precision, seen or by_table)
     if chosen_precision == "float16" and hardware.device == "cpu":
@@ -184,15 +173,21 @@ def resolve(
         )
     if chosen_precision == "float16" and optimizer.name == "muon":
         raise UserFault("training.optimizer: muon needs bfloat16 or float32, not float16.", code="precision")
-    laid: tuple[Literal["contiguous", "channels_last"], str] = (
-        ("channels_last", "convolutions run 1.3 to 2.5 times faster") if in_layers
-        else ("contiguous", "this network has no spatial convolutions to speak of")
-    )  # fmt: skip
+    laid = choices.memory_format(work.family, hardware)
     seen_laid = memo.memory_format(work.family, threads, chosen_precision, laid[0]) if memo is not None else None
     chosen_format = choose("memory_format", training.memory_format, seen_laid or laid)
     seen_compiled = None
     if memo is not None:
         seen_compiled = memo.compile(work.family, threads, chosen_precision, chosen_format, steps * batch)
+    compiled = _compile(training, work.family, hardware, reasons, seen_compiled)
+    products, reasons["small_map_products"] = choices.small_map_products(hardware, compiled=compiled)
+    matmul, reasons["float32_matmul"] = choices.float32_matmul(hardware)
+    reasons["cache"] = choices.CACHES[cache]
+    reasons["log_every"] = "200 times in a run, and every 50 steps at least"
+    probed, reasons["probe_every"] = 0, "only pretraining probes its features"
+    if work.kind == "pretrain":
+        probed = probe_every(work.samples, work.step_passes)
+        reasons["probe_every"] = "as often as costs under 3 % of training"
     return Plan(
         device=hardware.device,
         fingerprint=dict(fingerprint or {}),
@@ -200,9 +195,9 @@ def resolve(
         threads=threads,
         precision=chosen_precision,
         memory_format=chosen_format,
-        float32_matmul=_matmul(hardware, reasons),
-        compile=(compiled := _compile(training, hardware, reasons, seen_compiled)),
-        small_map_products=hardware.device == "cpu" and not compiled,
+        float32_matmul=matmul,
+        compile=compiled,
+        small_map_products=products,
         deterministic=training.deterministic,
         batch_size=batch,
         accumulate=accumulate,
@@ -220,7 +215,7 @@ def resolve(
         std=std,
         cache=cache,
         log_every=max(1, min(50, steps // 200)),
-        probe_every=probe_every(work.samples, work.step_passes) if work.kind == "pretrain" else 0,
+        probe_every=probed,
         reasons=reasons,
     )  # fmt: skip
 
@@ -277,25 +272,14 @@ def view_rows(probed: int) -> int:
     return max(1, min(VIEW_ROWS, probed // 8))
 
 
-def _matmul(hardware: Hardware, reasons: dict[str, str]) -> Literal["highest", "high", "medium"]:
-    if hardware.device == "cuda":
-        reasons["float32_matmul"] = "TF32 for what stays float32"
-        return "high"
-    if hardware.onednn_is_exact:
-        reasons["float32_matmul"] = "oneDNN: 2.2 times faster than MKL here, with errors of true float32"
-        return "medium"
-    reasons["float32_matmul"] = "the fast path rounds to bfloat16 on this processor"
-    return "highest"
-
-
 def _compile(
-    training: Training, hardware: Hardware, reasons: dict[str, str], seen: tuple[bool, str] | None = None
+    training: Training, family: str, hardware: Hardware, reasons: dict[str, str], seen: tuple[bool, str] | None = None
 ) -> bool:
     if training.compile == "auto" and seen is not None and hardware.compiler:
         reasons["compile"] = seen[1]
         return seen[0]
     if training.compile == "auto":
-        reasons["compile"] = "0.3 to 1.25 times as fast on this kind of machine, after 26 s of compiling"
+        reasons["compile"] = choices.no_compile(family, hardware)
         return False
     if training.compile and hardware.device == "cpu" and not hardware.compiler:
         raise UserFault("training.compile: this worker has no C++ compiler; use false or auto.", code="no_compiler")
