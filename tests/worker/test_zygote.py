@@ -16,6 +16,7 @@ import pytest
 from tests.fakes import COMMAND
 from tests.waiting import dead, until
 from worker.report import Go, Limits, Order, Tick
+from worker.supervisor.environment import clean_environment
 
 pytestmark = pytest.mark.worker
 
@@ -107,14 +108,32 @@ def test_a_trainer_leads_its_own_group_and_sees_no_descriptor_or_variable_but_it
     with wire.makefile("rb") as lines:
         said = [json.loads(lines.readline()) for _ in range(2)]
     assert os.getpgid(pid) == pid
-    sockets = [name for name in os.listdir(f"/proc/{pid}/fd") if "socket" in os.readlink(f"/proc/{pid}/fd/{name}")]
-    assert len(sockets) == 1
+    log = str(zygote.folder / "a" / "log")
+    opened = {int(name): os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
+    assert [opened.pop(number) for number in range(3)] == ["/dev/null", log, log]
+    (wire_of_its_own,) = opened.values()
+    assert wire_of_its_own.startswith("socket:")
     assert "GIVEN" in said[1]["data"]["environment"]
     os.killpg(pid, signal.SIGKILL)
     os.killpg(other_pid, signal.SIGKILL)
     assert {zygote.answer()["exit"], zygote.answer()["exit"]} == {-signal.SIGKILL}
     wire.close()
     other.close()
+
+
+def test_what_is_forked_has_taken_a_first_step_and_runs_one_thread(tmp_path: Path) -> None:
+    script = (
+        "import json, os, sys; from worker.trainer import zygote; published = zygote.prepare(); import torch\n"
+        "print(json.dumps({'recipes': len(published['recipes']), 'dynamo': 'torch._dynamo' in sys.modules,"
+        " 'running': len(os.listdir('/proc/self/task')), 'threads': torch.get_num_threads()}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=clean_environment(dict(os.environ), tmp_path), stdout=subprocess.PIPE,
+        text=True, check=True,
+    )  # fmt: skip
+    said = json.loads(done.stdout)
+    assert said.pop("recipes") > 0
+    assert said == {"dynamo": True, "running": 1, "threads": 1}
 
 
 def test_what_a_trainer_leaves_behind_in_its_group_is_killed(zygote: Client) -> None:

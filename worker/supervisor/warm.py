@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+import app.domain
 import worker
 from app.domain.errors import SystemFault
 from worker.supervisor.environment import clean_environment
@@ -198,8 +199,10 @@ class Warm:
 
 def code_signature() -> object:
     """Say which code is on disk: a trainer must not run what was there an hour ago."""
-    newest = count = 0
-    for path in Path(worker.__path__[0]).rglob("*.py"):
-        with contextlib.suppress(OSError):
-            newest, count = max(newest, path.stat().st_mtime_ns), count + 1
-    return newest, count
+    found: dict[Path, int] = {}
+    for package in (worker, app.domain):
+        for path in Path(package.__path__[0]).rglob("*"):
+            if path.suffix in (".py", ".json"):
+                with contextlib.suppress(OSError):
+                    found[path] = path.stat().st_mtime_ns
+    return found

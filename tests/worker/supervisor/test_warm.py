@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+import app.domain
 import worker.supervisor.warm
 from app.domain.errors import SystemFault
 from tests.fakes import COMMAND
@@ -283,9 +284,14 @@ def test_gpus_have_the_numbers_of_the_driver_and_cublas_repeats_itself(tmp_path:
 
 
 def test_the_signature_of_the_code_follows_a_changed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "__path__", [str(tmp_path)])
-    (tmp_path / "recipe.py").write_text("1")
-    before = worker.supervisor.warm.code_signature()
-    assert worker.supervisor.warm.code_signature() == before
-    os.utime(tmp_path / "recipe.py", (1, 1))
-    assert worker.supervisor.warm.code_signature() != before
+    for package, name in ((worker, "worker"), (app.domain, "domain")):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(package, "__path__", [str(tmp_path / name)])
+    files = [tmp_path / name for name in ("worker/recipe.py", "worker/architectures.json", "domain/spec.py")]
+    for file in files:
+        file.write_text("1")
+    for seconds, file in enumerate(files, start=1):
+        before = worker.supervisor.warm.code_signature()
+        assert worker.supervisor.warm.code_signature() == before
+        os.utime(file, (seconds, seconds))  # older than the others, as from an archive
+        assert worker.supervisor.warm.code_signature() != before, file
