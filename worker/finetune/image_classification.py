@@ -58,7 +58,8 @@ class ClassificationParams(Params):
     )
     rand_augment: RandAugmentParams | None = Field(
         default=None,
-        description="RandAugment after the crops and mirrors of `augmentation`, in place of its turns and colours.",
+        description="RandAugment after the crops and mirrors of `augmentation`, in place of its turns and colours. "
+        "It works on bytes: images of 16 bits are cut to 8 in training.",
     )
     mixup: float = Field(default=0.0, ge=0, le=10, description="Beta parameter of MixUp; 0 is off.")
     cutmix: float = Field(default=0.0, ge=0, le=10, description="Beta parameter of CutMix; 0 is off.")

@@ -40,7 +40,10 @@ class FixMatchParams(Params):
         description="The paper's tau: least confidence of a pseudo-label that counts; null is the mean confidence so "
         "far, up to the paper's 0.95: a short run ends before most samples reach that.",
     )  # fmt: skip
-    operations: int = Field(default=2, ge=1, le=8, description="Of RandAugment, in the strong view.")
+    operations: int = Field(
+        default=2, ge=1, le=8,
+        description="Of RandAugment, in the strong view; it works on bytes, and cuts images of 16 bits to 8 there.",
+    )  # fmt: skip
     magnitude: float = Field(default=10.0, ge=0, le=BINS, description="Of these operations, in the mean.")
     spread: float = Field(default=5.0, ge=0, le=10, description="Standard deviation of each sample's own magnitude.")
     cutout: float = Field(default=1.0, ge=0, le=1, description="Probability that the strong view loses a box.")
