@@ -55,7 +55,9 @@ def outputs(
             found = evaluate(compute.laid_out(data.ready(batch, device), plan))
         return {name: value.detach().cpu() for name, value in {**found, "label": batch["label"]}.items()}
 
-    run = in_pieces(found_in, least=1 if evaluate is not None else plan.batch_size // (plan.accumulate * plan.world_size))
+    run = in_pieces(
+        found_in, least=1 if evaluate is not None else plan.batch_size // (plan.accumulate * plan.world_size)
+    )
     with evaluating(module, plan, device):
         for turn, (rows, batch) in enumerate(ahead(source, iter(batches[first::step]), device=device)):
             number = first + turn * step

@@ -1,6 +1,6 @@
 """No step waits for its device: nothing is read from it, and what it needs of the host it fetches by itself.
 
-On a CPU there is nothing to wait for, so what would wait on a GPU is counted; where there is a GPU, torch itself refuses.
+On a CPU there is nothing to wait for, so what would wait on a GPU is counted; where there is a GPU, torch refuses.
 """
 
 import threading

@@ -4,7 +4,7 @@ elsewhere smaller pieces, and no word of it.
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ class Narrow:
 
         def assemble(*given: Any, **named: Any) -> Any:
             made = real(*given, **named)
-            made.objective.backbone.register_forward_pre_hook(self._look)
+            cast(nn.Module, made.objective.backbone).register_forward_pre_hook(self._look)
             return made
 
         monkeypatch.setattr(training, "assemble", assemble)

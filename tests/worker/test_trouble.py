@@ -23,9 +23,9 @@ from worker import checkpoint
 from worker.data.encoded import Encoded
 from worker.data.order import draw_order
 from worker.data.source import Part
+from worker.parts.memory import is_out_of_memory
 from worker.report import Event, Order, Planned, Saved
 from worker.trainer import assembly, devices, training
-from worker.trainer.trouble import is_out_of_memory
 
 pytestmark = pytest.mark.worker
 

@@ -115,8 +115,8 @@ def test_probes_are_rarer_where_a_step_is_cheap() -> None:
 
 
 FACTS = {
-    "device", "world_size", "deterministic", "checkpoint_activations", "optimizer", "epochs", "steps_per_epoch", "steps",
-    "samples", "image_size", "channels", "mean", "std", "prefix_views", "reasons",
+    "device", "fingerprint", "world_size", "deterministic", "checkpoint_activations", "optimizer", "epochs",
+    "steps_per_epoch", "steps", "samples", "image_size", "channels", "mean", "std", "prefix_views", "reasons",
 }  # fmt: skip
 
 

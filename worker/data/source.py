@@ -81,8 +81,8 @@ class Data:
     mean: Tensor  # [channels], of pixels in [0, 1]
     std: Tensor
     probe: Source | None = None  # rows of the training split, without augmentation
-    # (x - mean) / std as x * scale + shift, one pass: scale, scale of bytes and shift, each [channels, 1, 1], where they
-    # were wanted.
+    # (x - mean) / std as x * scale + shift, one pass: scale, scale of bytes and shift, each [channels, 1, 1], on every
+    # device that wanted them.
     _lines: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def ready(self, batch: Batch, device: torch.device, draws: Generator | None = None) -> Batch:

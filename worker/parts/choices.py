@@ -43,7 +43,10 @@ def float32_matmul(hardware: Hardware) -> tuple[Literal["highest", "high", "medi
     if hardware.device == "cuda":
         return "high", f"TF32 for what stays float32; {UNMEASURED}"
     if hardware.onednn_is_exact:
-        return "medium", "oneDNN: 2.2 times faster than MKL on an AMD processor, with errors of true float32 on this one"
+        return (
+            "medium",
+            "oneDNN: 2.2 times faster than MKL on an AMD processor, with errors of true float32 on this one",
+        )
     return "highest", "the fast path rounds to bfloat16 on this processor"
 
 

@@ -1,4 +1,4 @@
-"""Memory that runs out: how that looks, and passes without gradients, which answer it by themselves in smaller pieces."""
+"""Memory that runs out: how that looks, and passes without gradients, which then go in smaller pieces by themselves."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +17,7 @@ _SIGNS = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether this is how Python or torch tell that memory ran out."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        text in str(error).lower() for text in _SIGNS
-    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error).lower() for text in _SIGNS)
 
 
 @contextmanager
