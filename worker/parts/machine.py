@@ -21,16 +21,20 @@ class Hardware:
     bfloat16: bool
     compiler: bool
     onednn_is_exact: bool = True
+    memory_bytes: int = 8 * 2**30
 
 
 def look(device: str, threads: int) -> Hardware:
     """Look at this machine; nothing is measured but the rounding of one product."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
     if device.startswith("cuda"):
-        bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return Hardware("cuda", threads, bfloat16=bfloat16, compiler=compiler)
+        return Hardware(
+            "cuda", threads, bfloat16=torch.cuda.get_device_capability(device) >= (8, 0), compiler=compiler,
+            memory_bytes=torch.cuda.get_device_properties(device).total_memory,
+        )  # fmt: skip
     return Hardware(
-        "cpu", threads, bfloat16=has_bfloat16(), compiler=compiler, onednn_is_exact=onednn_is_exact()
+        "cpu", threads, bfloat16=has_bfloat16(), compiler=compiler, onednn_is_exact=onednn_is_exact(),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     )  # fmt: skip
 
 
