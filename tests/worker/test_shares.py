@@ -70,6 +70,9 @@ class Resident:
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         return {"image": self._pixels[: len(rows)], "label": self.labels[rows]}
 
+    def numbers(self, rows: Tensor) -> Tensor:
+        return rows
+
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
 def test_whether_a_part_will_do_is_tried_on_the_cpu_as_inputs_see_images(
