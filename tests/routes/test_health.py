@@ -122,7 +122,7 @@ def test_in_production_metrics_are_the_operators(fresh: Settings) -> None:
         assert not (settings.home_path / "key").exists()
 
 
-def test_the_first_key_is_fingerprintce_and_only_its_owner_reads_it(fresh: Settings) -> None:
+def test_the_first_key_is_made_once_and_only_its_owner_reads_it(fresh: Settings) -> None:
     engine = make_engine(fresh.database)
     path = fresh.home_path / "key"
     old_mask = os.umask(0)
