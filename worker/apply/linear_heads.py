@@ -42,7 +42,7 @@ def apply(context: Context) -> Result:
     train, test = context.samples(["train"]), context.samples(["test"])
     if not bool((test.labels >= 0).any()):
         raise DataFault("The test split has no labels to measure the heads by.", code="no_test_labels")
-    features, labels = context.features(train), train.labels.to(context.device)
+    features, labels = context.features(train).to(context.device), train.labels.to(context.device)
     budgets = [
         (name, amount, number, _draw(train.labels, name, amount, context.seed + number, params))
         for name, amount in _amounts(params)
@@ -53,8 +53,8 @@ def apply(context: Context) -> Result:
         params.learning_rates, classes=len(context.info.classes), steps=params.steps, batch_size=params.batch_size,
         weight_decay=params.weight_decay, tick=lambda done, total: context.tick("heads", done, total),
     )  # fmt: skip
-    known = (test.labels >= 0).to(context.device)
-    asked = (context.features(test)[known], test.labels.to(context.device)[known])
+    known = test.labels >= 0
+    asked = (context.features(test)[known].to(context.device), test.labels[known].to(context.device))
     rows: list[dict[str, Any]] = []
     for draw, (name, amount, number, kept) in enumerate(budgets):
         chosen, validation = _choose(heads, draw, features, labels, kept.validation)

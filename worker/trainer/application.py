@@ -229,8 +229,9 @@ class Seen:
             shelf_of(self.order), key, {"values": Array(torch.float32, (rows, dimension))}, fill,
             lambda done: self.tick(phase, done, rows),
         )  # fmt: skip
-        values = found["values"]
+        # All splits or none: what is found in one is compared with another.
+        needed = sum(self.facts.splits.values()) * dimension * 4
         near = self.device.type == "cuda" and (
-            values.nbytes <= torch.cuda.get_device_properties(self.device).total_memory // 8
+            needed <= torch.cuda.get_device_properties(self.device).total_memory // 8
         )
-        return values.to(self.device) if near else values
+        return found["values"].to(self.device) if near else found["values"]
