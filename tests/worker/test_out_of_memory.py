@@ -3,6 +3,7 @@ elsewhere smaller pieces, and no word of it.
 """
 
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from tests.worker.objectives import CPU, Hungry, Rows, data, plan, whole
 from worker import evaluate
 from worker.recipe import Batch, Progress
 from worker.report import Planned, Saved
-from worker.trainer import assembly, ranks, training
+from worker.trainer import assembly, ranks, training, trouble
 
 pytestmark = pytest.mark.worker
 
@@ -182,3 +183,32 @@ def test_what_another_process_could_not_evaluate_is_no_reason_for_smaller_micro_
         fault = ResourceFault("Out of memory.", code="out_of_memory", phase=phase)
         processes._failures = {1: fault.failure("train")}
         assert isinstance(processes.fault(within=0.0), kind)
+
+
+def test_what_a_failed_step_held_is_free_before_anything_else_is_tried(
+    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    train, choose = training.loop.train, trouble.let_go
+
+    def once(*args: Any, **given: Any) -> Any:
+        if held:
+            return train(*args, **given)
+        activations = torch.ones(3)
+        held.append(weakref.ref(activations))
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise RuntimeError("CUDA error: out of memory") from error
+
+    def looked(error: BaseException) -> None:
+        alive.append(held[0]() is not None)
+        choose(error)
+        alive.append(held[0]() is not None)
+
+    monkeypatch.setattr(training.loop, "train", once)
+    monkeypatch.setattr(trouble, "let_go", looked)
+    heard, _ = sets.finished(sets.order(sets.spec(), digits, tmp_path))
+    assert "memory.micro_batch_halved" in heard.codes()
+    assert alive == [True, False]

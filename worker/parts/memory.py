@@ -1,5 +1,7 @@
 """Memory that runs out: how that looks, and passes without gradients, which then go in smaller pieces by themselves."""
 
+import gc
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -18,6 +20,17 @@ _SIGNS = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether this is how Python or torch tell that memory ran out."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error).lower() for text in _SIGNS)
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the frames of a failed step hold: as long as they are there its activations fill the memory."""
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__context__
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

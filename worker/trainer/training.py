@@ -43,6 +43,7 @@ def train(order: Order, reporter: Reporter) -> Finished:
             if not is_out_of_memory(error):
                 raise
             plan = with_less_memory(made, error, reporter)
+            del made  # before the next one is there beside it
         else:
             return _finish(made, result, order, reporter)
 

@@ -3,12 +3,11 @@
 import traceback
 from typing import Any, cast
 
-import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from app.domain.errors import JobFault, ResourceFault, SystemFault
 from worker.disk import is_full
-from worker.parts.memory import is_out_of_memory
+from worker.parts.memory import is_out_of_memory, let_go
 from worker.parts.tuning import Plan
 from worker.report import Reporter
 from worker.trainer import measure
@@ -29,8 +28,7 @@ def with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Pl
     plan = made.plan
     micro = plan.batch_size // plan.accumulate
     each = plan.world_size  # processes that share it
-    if plan.device == "cuda":
-        torch.cuda.empty_cache()
+    let_go(error)
     if bool(cast(Any, made.objective).couples_batch):
         if not plan.checkpoint_activations:
             reporter.event(
