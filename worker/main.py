@@ -219,6 +219,8 @@ def _celery(host: Host, idle: Idle) -> "Celery":
             run.poke()  # it runs here: something else is wanted of it
         else:
             work(host, "message", internal=internal)
+            if internal and host.slots.gpus:
+                idle.poke()  # a measuring job takes a training slot here
 
     class Bootstep(bootsteps.StartStopStep):
         """Starts the idle duties as soon as there is a pool, with or without a broker."""

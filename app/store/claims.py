@@ -79,7 +79,8 @@ def _not_reserved(gpus_free: int, gpus: int) -> ColumnElement[bool]:
         return true()  # whatever fits this host at all fits it now
     big = aliased(tables.Job)
     reserving = exists().where(
-        big.status == Status.QUEUED, big.internal.is_(False), big.device.in_(("auto", "cuda")), big.gpus > gpus_free,
-        big.gpus <= gpus, big.created_at < Now() - RESERVE_SECONDS, big.priority >= tables.Job.priority,
+        big.status == Status.QUEUED, or_(big.internal.is_(False), big.recipe == MEASURE),
+        big.device.in_(("auto", "cuda")), big.gpus > gpus_free, big.gpus <= gpus,
+        big.created_at < Now() - RESERVE_SECONDS, big.priority >= tables.Job.priority,
     )  # fmt: skip
     return or_(tables.Job.device == "cpu", ~reserving)

@@ -109,6 +109,7 @@ class TestClaim:
             ({}, {}, 1, "small"),  # it has not
             ({"created_at": 0.0}, {"priority": 1}, 1, "small"),  # what is more urgent still goes first
             ({"created_at": 0.0}, {"device": "cpu"}, 1, "small"),  # this one takes no GPU from it
+            ({"created_at": 0.0, "internal": True, "kind": "internal", "recipe": "measure"}, {}, 1, None),
             ({"created_at": 0.0, "gpus": 8}, {}, 1, "small"),  # it will never fit this host
             ({"created_at": 0.0}, {}, 4, "big"),  # and now it fits
         ],

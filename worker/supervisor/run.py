@@ -120,14 +120,14 @@ class Run:
                 host.engine, host.blobs, settings, self._job, self._scratch, threads=host.threads, device=device,
                 check=self._check,
             )  # fmt: skip
+            self._note_damage(staged)
+            trainer = host.warm.start(
+                order=staged.path, log_file=self._scratch.log, threads=host.threads, check=self._check,
+                gpus=self._seat.gpus if device == "cuda" else (),
+            )  # fmt: skip
         except _NeedNotStart:
             self._end_before_it_starts()
             return
-        self._note_damage(staged)
-        trainer = host.warm.start(
-            order=staged.path, log_file=self._scratch.log, threads=host.threads,
-            gpus=self._seat.gpus if device == "cuda" else (),
-        )  # fmt: skip
         self._log.info(
             "trainer started", trainer=trainer.pid, milliseconds=round((time.monotonic() - self._since) * 1e3)
         )

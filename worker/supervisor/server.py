@@ -22,6 +22,7 @@ log = structlog.get_logger(__name__)
 
 Published = dict[str, list[dict[str, Any]]]
 READY_SECONDS = 120.0  # to import torch and start CUDA on every GPU of a job
+CHECK_SECONDS = 0.25  # between two looks at what else is wanted meanwhile
 ANSWER_SECONDS = 30.0
 KILLED = -int(signal.SIGKILL)
 
@@ -62,6 +63,7 @@ class Server:
         on_end: Callable[["Server"], None],
         *options: str,
     ) -> None:
+        self._ready_by = time.monotonic() + READY_SECONDS
         self.ready = threading.Event()
         self.dead = threading.Event()
         self._settled = threading.Event()  # ready, or dead before it was
@@ -78,17 +80,19 @@ class Server:
             )  # fmt: skip
         threading.Thread(target=self._read, name=f"server-{self.process.pid}", daemon=True).start()
 
-    def order(self, request: dict[str, Any]) -> Trainer:
-        """Have a trainer made, as soon as the server is ready.
+    def order(self, request: dict[str, Any], check: Callable[[], None] = lambda: None) -> Trainer:
+        """Have a trainer made, as soon as the server is ready; `check` is called meanwhile, and may raise.
 
         Raises:
             SystemFault: the server died, does not become ready or does not answer.
         """
+        while not self._settled.wait(CHECK_SECONDS) and time.monotonic() < self._ready_by:
+            check()
         ours, theirs = socket.socketpair()
         with self._ordering, theirs:
             trainer = None
             with contextlib.suppress(OSError, queue.Empty):
-                if self._settled.wait(READY_SECONDS) and not self.dead.is_set():
+                if self.ready.is_set() and not self.dead.is_set():
                     socket.send_fds(self._control, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
                     trainer = self._answers.get(timeout=ANSWER_SECONDS)
         if trainer is None:
@@ -151,6 +155,8 @@ class Server:
                 # Not yet reaped, the number still belongs to it: whatever it left running in its group goes first.
                 os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
+        if own is not None:
+            _await_end_of_group(own.pid)  # processes of the same run hold GPUs until they are gone
         for trainer in list(self._trainers.values()):
             if trainer is not own:
                 trainer.kill()
@@ -162,6 +168,14 @@ class Server:
         self._settled.set()
         self._answers.put(None)
         self._on_end(self)
+
+
+def _await_end_of_group(group: int, timeout: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.01)
 
 
 def _await_death(pid: int, timeout: float = 5.0) -> None:

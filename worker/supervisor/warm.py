@@ -88,8 +88,12 @@ class Warm:
         threads: int,
         gpus: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Trainer:
         """Start a trainer on an order; with GPUs this may take as long as a new process needs to start CUDA.
+
+        Args:
+            check: called now and then meanwhile; what it raises ends the start.
 
         Raises:
             SystemFault: no server could make one.
@@ -98,7 +102,7 @@ class Warm:
             "order": str(order), "log": str(log_file), "threads": threads, "environment": environment or {},
         }  # fmt: skip
         if gpus:
-            return self._start_on(tuple(gpus), request)
+            return self._start_on(tuple(gpus), request, check)
         with self._lock:
             zygote = self._zygote
         if zygote is None or zygote.dead.is_set():
@@ -116,16 +120,16 @@ class Warm:
         for server in servers:
             server.dead.wait(6)
 
-    def _start_on(self, gpus: tuple[str, ...], request: dict[str, Any]) -> Trainer:
+    def _start_on(self, gpus: tuple[str, ...], request: dict[str, Any], check: Callable[[], None]) -> Trainer:
         spare = self._take_spare(gpus)
         if spare is not None:
             with contextlib.suppress(SystemFault):
-                trainer = spare.order(request)
-                with self._lock:
+                trainer = _ordered(spare, request, check)
+                with self._lock, contextlib.suppress(OSError):  # the next refresh tries again
                     self._pauses.pop(gpus[0], None)
                     self._start_spares()
                 return trainer
-        return self._take_new(gpus).order(request)
+        return _ordered(self._take_new(gpus), request, check)
 
     def _take_spare(self, gpus: tuple[str, ...]) -> Server | None:
         """Take the spare of the one GPU, although it may still be starting: a new process would need longer."""
@@ -195,6 +199,15 @@ class Warm:
                 del self._spares[gpu]
                 self._pauses[gpu].begin()
                 log.warning("spare ended", gpu=gpu, pid=server.process.pid, code=server.process.returncode)
+
+
+def _ordered(server: Server, request: dict[str, Any], check: Callable[[], None]) -> Trainer:
+    """Have the trainer made that a server with GPUs is there for; without it the server goes."""
+    try:
+        return server.order(request, check)
+    except BaseException:
+        server.close()
+        raise
 
 
 def code_signature() -> object:

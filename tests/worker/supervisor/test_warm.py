@@ -40,7 +40,9 @@ def warm(tmp_path: Path, catalogues: "queue.Queue[Any]") -> Iterator[Warm]:
     warm.close()
 
 
-def start(warm: Warm, folder: Path, *, gpus: tuple[str, ...] = (), **fake: Any) -> Trainer:
+def start(
+    warm: Warm, folder: Path, *, gpus: tuple[str, ...] = (), check: Callable[[], None] = lambda: None, **fake: Any
+) -> Trainer:
     folder.mkdir()
     limits = Limits(max_entries=1, max_entry_bytes=1, max_unpacked_bytes=1, max_ratio=2, max_pixels=1)
     order = Order(
@@ -49,7 +51,7 @@ def start(warm: Warm, folder: Path, *, gpus: tuple[str, ...] = (), **fake: Any) 
     )  # fmt: skip
     path = folder / "order.json"
     path.write_text(order.model_dump_json())
-    trainer = warm.start(order=path, log_file=folder / "log", threads=1, gpus=gpus)
+    trainer = warm.start(order=path, log_file=folder / "log", threads=1, gpus=gpus, check=check)
     trainer.connection.sendall(Go().model_dump_json().encode() + b"\n")
     return trainer
 
@@ -197,9 +199,15 @@ def test_one_gpu_is_served_by_a_spare_that_is_replaced_and_two_by_a_new_process(
         trainer.connection.close()
 
 
+def with_cuda(begins: str) -> tuple[str, ...]:
+    """Give the command of servers that do this in a shell before they start, where they have GPUs."""
+    return ("/bin/sh", "-c", f'case "$2" in --device) {begins};; esac; exec "$0" -m tests.fakes "$@"', sys.executable)
+
+
 def test_a_spare_that_is_still_starting_is_waited_for(on_cards: Callable[..., Warm], tmp_path: Path) -> None:
-    warm = on_cards()
+    warm = on_cards(with_cuda("sleep 1"))
     spare = until(lambda: warm._spares.get("0"))
+    assert not spare.ready.is_set()
     trainer = start(warm, tmp_path / "1", gpus=("0",), steps=1)
     assert trainer.pid == spare.process.pid
     assert trainer.wait(60) == 0
@@ -215,12 +223,32 @@ def test_what_a_job_with_gpus_leaves_behind_in_its_group_is_killed(
     (child,) = psutil.Process(trainer.pid).children()
     os.kill(trainer.pid, signal.SIGKILL)
     assert trainer.wait(60) == KILLED
-    until(lambda: dead(child.pid))
+    assert dead(child.pid), "it held GPUs, which are given to the next job now"
     trainer.connection.close()
 
 
-# A host whose GPUs are broken: whatever starts CUDA ends at once.
-BROKEN = ("/bin/sh", "-c", 'case "$2" in --device) exit 3;; esac; exec "$0" -m tests.fakes "$1"', sys.executable)
+def test_a_start_that_is_no_longer_wanted_ends_with_the_process_that_was_to_be(
+    on_cards: Callable[..., Warm], tmp_path: Path
+) -> None:
+    class Unwanted(Exception):
+        pass
+
+    looks = iter([None, None])
+
+    def check() -> None:
+        if next(looks, "over") == "over":
+            raise Unwanted
+
+    warm = on_cards(with_cuda("exec sleep 600"))
+    spare = until(lambda: warm._spares.get("0"))
+    with pytest.raises(Unwanted):
+        start(warm, tmp_path / "1", gpus=("0",), check=check)
+    assert spare.dead.wait(60)
+    assert dead(spare.process.pid)
+    assert spare not in warm._taken
+
+
+BROKEN = with_cuda("exit 3")  # a host whose GPUs are broken: whatever starts CUDA ends at once
 
 
 def test_a_job_whose_gpus_do_not_start_is_a_system_fault(on_cards: Callable[..., Warm], tmp_path: Path) -> None:
