@@ -25,8 +25,9 @@ def cifar_85(bench: Bench) -> Pair:
          "batch_size": 128, "learning_rate": 0.1, "folder": str(folder), "test": "validation", "target": TARGET,
          "seconds": bench.budget, "evaluate": True, "seed": bench.seed},
     )  # fmt: skip
-    fast = ends[-1]["validation/accuracy"]
+    # It is a race to the target: who passes it by more has not won.
+    fast = min(ends[-1]["validation/accuracy"], TARGET)
     return Pair(
-        reached[0], other["seconds"], (fast, other["accuracy"]), bound=other["accuracy"] < TARGET,
+        reached[0], other["seconds"], (fast, min(other["accuracy"], TARGET)), bound=other["accuracy"] < TARGET,
         more={"epochs": len(ends)},
     )  # fmt: skip

@@ -116,6 +116,13 @@ def test_accuracies_of_random_pictures_are_refused() -> None:
         bench_main.chosen("quality_simclr_small_cnn_32,vae_mlp_128", pictures=False)
 
 
+def test_accuracies_of_random_pictures_are_not_kept(tmp_path: Path) -> None:
+    wanted = [one("rate", 2, [Pair(300, 100, quality=(0.1, 0.9))])]
+    for real in (True, False):
+        rows, _ = bench_main.measure(wanted, Bench(tmp_path, tmp_path), tmp_path / "bench.json", pictures=real)
+        assert (rows[0]["met"], rows[0]["quality"] is not None) == (not real, real)
+
+
 def test_one_failure_leaves_the_others_running(tmp_path: Path) -> None:
     def broken(bench: Bench) -> Iterator[Pair]:
         raise RuntimeError("no such thing")
