@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from app.domain.errors import ResourceFault, SystemFault
-from worker.disk import is_full
+from worker.disk import is_full, sync
 from worker.report import Reporter, Saved
 
 FORMAT = 1
@@ -100,9 +100,9 @@ def write(path: Path, contents: Contents) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         save_file(_separate(contents.tensors), temporary, metadata={"state": state})
-        _sync(temporary, os.O_RDWR)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -147,11 +147,3 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(plain.untyped_storage().data_ptr())
         made[name] = plain
     return made
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

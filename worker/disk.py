@@ -1,6 +1,11 @@
-"""When a disk is full, as the many ways to write say it, and how much is how much. Torch-free."""
+"""Disks: when one is full, as the many ways to write say it, how much is how much, and what outlasts a power cut.
+
+Torch-free.
+"""
 
 import errno
+import os
+from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -11,6 +16,15 @@ def is_full(error: BaseException) -> bool:
         return error.errno in _FULL
     text = str(error)  # safetensors gives the system's message only as text
     return any(f"os error {code}" in text for code in _FULL) or "StorageFull" in text
+
+
+def sync(path: Path) -> None:
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def amount(count: float) -> str:

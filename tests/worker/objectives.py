@@ -180,6 +180,7 @@ class Hungry:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
         self.sizes: list[int] = []
+        self.most = most
         real = assembly.assemble
 
         def assemble(*given: Any, **named: Any) -> Any:
@@ -188,7 +189,7 @@ class Hungry:
 
             def limited(batch: Any, progress: Any) -> Any:
                 size = len(batch["label"])
-                if size > most:
+                if size > self.most:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
                 self.sizes.append(size)
                 return forward(batch, progress)

@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from app.domain.datasets import DatasetFacts
+from app.domain.spec import Training
 from tests.worker import sets
+from tests.worker.objectives import plan
 from worker.parts import machine
 from worker.report import Event, Finished, Order, Planned, Saved, read_report
+from worker.trainer.announce import announce
 
 pytestmark = pytest.mark.worker
 
@@ -202,6 +206,19 @@ def test_elsewhere_it_goes_on_and_says_that_it_is_not_exact(
     assert heard.of(Planned)[0].exact is False
     (event,) = [event for event in heard.of(Event) if event.code == "resume.inexact"]
     assert event.data["differs"] == [differs]
+
+
+@pytest.mark.parametrize(("deterministic", "differs"), [(True, []), (False, ["kernels"])])
+def test_on_a_gpu_only_a_deterministic_run_goes_on_to_the_same_bits(
+    deterministic: bool, differs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "fingerprint", lambda _: {"gpu": "one"})
+    begun = plan(Training(), device="cuda", deterministic=deterministic, fingerprint={"gpu": "one"})
+    heard = sets.Heard()
+    announce(begun, torch.device("cuda"), heard.reporter, first=begun)
+    announce(begun, torch.device("cuda"), heard.reporter)
+    assert [said.exact for said in heard.of(Planned)] == [deterministic, True]
+    assert [event.data["differs"] for event in heard.of(Event)] == ([differs] if differs else [])
 
 
 def as_if_begun(path: str, folder: Path, **changes: Any) -> str:

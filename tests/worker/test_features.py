@@ -208,7 +208,7 @@ def test_without_room_the_plan_says_so_before_it_is_committed_and_another_host_w
     assert planned.plan["reasons"]["prefix_views"] in event.message
     assert event.data["bytes"] > 100
     assert " kB, and" in event.message
-    roomy = frozen(tmp_path / "roomy", digits, plan=planned.plan, attempt=2, fingerprint=planned.fingerprint)
+    roomy = frozen(tmp_path / "roomy", digits, plan=planned.plan, attempt=2)
     heard, _ = sets.finished(roomy)
     assert "features.cached" not in heard.codes()
     assert sets.weights_sha256(roomy) == sets.weights_sha256(cramped)
@@ -222,7 +222,7 @@ def test_a_later_attempt_without_room_computes_what_the_plan_says(
     planned = heard.of(Planned)[0]
     assert planned.plan["prefix_views"] == 4
     path = sets.killed_at(20, frozen(tmp_path / "cut", digits))
-    given: dict[str, Any] = {"plan": planned.plan, "attempt": 2, "fingerprint": planned.fingerprint, "checkpoint": path}
+    given: dict[str, Any] = {"plan": planned.plan, "attempt": 2, "checkpoint": path}
     cramped = frozen(tmp_path / "cramped", digits, cache_bytes=100, **given)
     heard, _ = sets.finished(cramped)
     assert heard.of(Planned)[0].exact
@@ -255,8 +255,8 @@ def test_the_event_says_what_the_cache_cost_and_what_it_saves(digits: DatasetFac
     assert found.data["seconds_spent"] == 0
     assert found.data["seconds_saved"] > made.data["seconds_saved"] > 0
     assert ("computed in" in made.message, "found, computed before" in found.message) == (True, True)
-    assert "5 of 9 passes are saved" in made.message
-    assert "9 of 9 passes are saved" in found.message
+    assert "5 of 9 passes of the whole run are saved" in made.message
+    assert "9 of 9 passes of the whole run are saved" in found.message
 
 
 def test_what_is_saved_is_what_a_pass_took_times_the_passes_that_are_not_made() -> None:

@@ -69,6 +69,12 @@ def test_below_the_least_the_trouble_is_the_callers() -> None:
         in_pieces(Room(9), least=10)(ROWS)
     with pytest.raises(RuntimeError, match="out of memory"):
         in_pieces(Room(0))(ROWS)
+    odd = Room(13)
+    in_pieces(odd, least=10)({"image": torch.arange(25)})
+    assert odd.sizes == [13, 12]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        in_pieces(Room(12), least=10)({"image": torch.arange(25)})
+    assert in_pieces(Room(1))({"image": torch.arange(0)})[0].shape == (0,)
 
 
 def test_another_error_is_passed_on_at_once() -> None:

@@ -18,7 +18,7 @@ from tests.worker import sets
 from tests.worker.objectives import CPU, Hungry, Rows, data, plan, whole
 from worker import evaluate
 from worker.recipe import Batch, Progress
-from worker.report import Planned, Saved
+from worker.report import Event, Planned, Saved
 from worker.trainer import assembly, ranks, training, trouble
 
 pytestmark = pytest.mark.worker
@@ -51,6 +51,21 @@ def test_a_resumed_attempt_keeps_the_halved_micro_batch(
     heard, _ = sets.finished(later)
     assert [message.plan["accumulate"] for message in heard.of(Planned)] == [2]
     assert "memory.micro_batch_halved" not in heard.codes()
+
+
+def test_a_run_whose_memory_ran_out_on_the_way_does_not_end_with_the_same_bits(
+    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hungry = Hungry(monkeypatch, most=16)
+
+    def another_comes(message: object) -> None:
+        if isinstance(message, Saved):
+            hungry.most = 8
+
+    heard, _ = sets.finished(sets.order(sets.spec(training={"checkpoint_every": 3}), digits, tmp_path), another_comes)
+    assert [(message.plan["accumulate"], message.exact) for message in heard.of(Planned)] == [(1, True), (2, False)]
+    (event,) = [event for event in heard.of(Event) if event.code == "resume.inexact"]
+    assert event.data["differs"] == ["accumulate"]
 
 
 def test_a_loss_that_couples_its_batch_is_never_split_and_the_fault_names_what_fits(

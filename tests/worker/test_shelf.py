@@ -14,6 +14,7 @@ import torch
 
 from app.domain.errors import ResourceFault
 from worker.data import rows
+from worker.data import shelf as shelf_module
 from worker.data.rows import Array, cached_rows
 from worker.data.shelf import Shelf
 from worker.disk import amount
@@ -45,6 +46,30 @@ def test_the_shelf_lets_go_of_what_was_not_used_for_longest(tmp_path: Path) -> N
     says = "TUNEYARD_CACHE_BYTES allows 250 B, 100 B of it for what is read with it"
     assert shelf.shortage(250, beside={"a"}) == says
     assert shelf.shortage(251, key="a") is None, "it is there"
+
+
+def test_bytes_are_on_the_disk_before_an_entry_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bytes, list[str]]] = []
+    sync = shelf_module.sync
+
+    def noted(path: Path) -> None:
+        sync(path)
+        synced.append((path.name, path.read_bytes(), names(tmp_path)))
+
+    monkeypatch.setattr(shelf_module, "sync", noted)
+
+    def make(folder: Path) -> None:
+        for file in ("x", "y"):
+            (folder / file).write_bytes(file.encode() * 3)
+
+    Shelf(tmp_path, 250).get("a", {"x": 3, "y": 3}, make)
+    assert synced == [("x", b"xxx", []), ("y", b"yyy", [])]
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_took_long_to_make_is_as_young_as_its_name(tmp_path: Path) -> None:
+    folder, _ = Shelf(tmp_path, 250).get("a", {"x": 3}, lambda partial: os.utime(partial, (0, 0)))
+    assert time.time() - folder.stat().st_mtime < 3600
 
 
 def test_a_maker_that_failed_leaves_nothing(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def tell(train: Features, validation: Features | None, epochs: int, reporter: Re
     reporter.event(
         "features.cached",
         f"What the frozen layers give for {len(train)} samples ({len(train.values)} views each) {how}: "
-        f"{_avoided(train, epochs)} of {epochs} passes are saved, about {saved:.1f} s.",
+        f"{_avoided(train, epochs)} of {epochs} passes of the whole run are saved, about {saved:.1f} s.",
         views=len(train.values), samples=len(train), found=train.found, seconds_spent=round(spent, 3),
         seconds_saved=round(saved, 3),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from worker.data.rows import Array, cached_rows, total_bytes
 from worker.data.shelf import Shelf, entry_key
 from worker.data.source import carried
 from worker.disk import amount
+from worker.parts import machine
 from worker.recipe import Batch
 from worker.report import Reporter
 from worker.ticker import Ticker
@@ -111,7 +112,7 @@ def open_images(
     """
     rows = facts.splits.get(split, 0)
     first = sum(facts.splits.get(before, 0) for before in SPLITS[: SPLITS.index(split)])  # type: ignore[arg-type]
-    key = entry_key("images", facts.sha256, split, image_size, channels, POLICY, facts.bits)
+    key = entry_key("images", facts.sha256, split, image_size, channels, POLICY, facts.bits, machine.fingerprint("cpu"))
     arrays = {
         "pixels": Array(torch.uint16 if facts.bits == 16 else torch.uint8, (rows, channels, image_size, image_size)),
         "labels": Array(torch.int64, (rows,)),

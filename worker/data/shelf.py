@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.domain.errors import ResourceFault
-from worker.disk import amount, is_full
+from worker.disk import amount, is_full, sync
 from worker.report import Order
 
 FREE_FLOOR_BYTES = 256 * 2**20
@@ -86,6 +86,9 @@ class Shelf:
                     waiting()
                     time.sleep(WAIT_SECONDS)
                 make(partial)
+                for file in sizes:
+                    sync(partial / file)  # a power cut after the rename would leave files of the right size, empty
+                os.utime(partial)  # used from now on, however long it took to make
                 partial.rename(entry)
             except OSError as error:
                 if is_full(error):

@@ -58,7 +58,8 @@ def in_pieces(
 
     What a sample gets in eval mode does not depend on those beside it, but for rounding: kernels are chosen by size.
     So the size of pieces lasts for one pass over a source and is forgotten after it. A run that was interrupted repeats
-    whole passes, and with the same memory they fall into the same pieces: the same bits. No draw depends on pieces.
+    whole passes, and with the same memory they fall into the same pieces: the same bits. What `run` draws by itself
+    (the evaluation of `vae` and `mae`) it draws for each piece.
 
     Args:
         run: takes a batch whose tensors have one row per sample.
@@ -75,7 +76,8 @@ def in_pieces(
         while True:
             size = min(rows, most or rows)
             try:
-                return [run(piece) for piece in _cut(batch, -(-rows // size) if size else 1)]
+                count = max(1, min(-(-rows // max(size, 1)), rows // least))
+                return [run(piece) for piece in _cut(batch, count)]
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or size <= least:
                     raise

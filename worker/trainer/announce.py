@@ -19,7 +19,8 @@ def announce(plan: Plan, device: torch.device, reporter: Reporter, *, first: Pla
         # Without `deterministic` two runs on one and the same GPU differ as well.
         differs += ["device"] if plan.device != device.type else []
         differs += ["kernels"] if device.type == "cuda" and not plan.deterministic else []
-        differs += ["world_size"] if plan.world_size != first.world_size else []
+        changed = ("world_size", "accumulate", "checkpoint_activations")  # the last two after memory ran out
+        differs += [name for name in changed if getattr(plan, name) != getattr(first, name)]
     if differs:
         reporter.event(
             "resume.inexact",

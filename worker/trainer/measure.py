@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from app.domain.errors import ResourceFault
 from worker import loop
 from worker.checkpoint import Checkpoints, Contents, size_bytes
 from worker.data.features import Features
@@ -90,7 +91,12 @@ def largest_batch(made: Assembly, first: int) -> int | None:
     while batch >= max(made.recipe.requires.min_batch, 1):
         try:
             _step(made, _share(made.plan).model_copy(update={"batch_size": batch, "accumulate": 1}), lambda: True)
-        except (MemoryError, RuntimeError, ValueError):  # the last is torch's, of batch norm on one sample
+        except (
+            MemoryError,
+            RuntimeError,
+            ResourceFault,
+            ValueError,
+        ):  # the last is torch's, of batch norm on one sample
             batch //= 2
         else:
             return batch

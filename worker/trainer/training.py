@@ -42,7 +42,9 @@ def train(order: Order, reporter: Reporter) -> Finished:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            plan = with_less_memory(made, error, reporter)
+            before, plan = plan, with_less_memory(made, error, reporter)
+            if checkpoints.newest is not None:
+                first = first or before  # the run goes on, otherwise than it began
             del made  # before the next one is there beside it
         else:
             return _finish(made, result, order, reporter)

@@ -45,8 +45,9 @@ def with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Pl
             f"split, because the loss of {made.recipe.name} ties its samples together.", code="out_of_memory",
             hint=_what_fits(fits, each),
         ) from error  # fmt: skip
-    # Batch norm of one sample alone may be an error of torch's, and is never what was asked for.
-    least = each * (2 if any(isinstance(module, _BatchNorm) for module in made.objective.modules()) else 1)
+    # Batch norm of one sample alone may be an error of torch's, and is never what was asked for; processes share it.
+    normed = any(isinstance(module, _BatchNorm) and module.training for module in made.objective.modules())
+    least = max(each, 2 if normed else 1)
     below = range(micro // 2, least - 1, -1)
     smaller = next((size for size in below if plan.batch_size % size == 0 == size % each), None)
     if smaller is None:
