@@ -91,12 +91,7 @@ def largest_batch(made: Assembly, first: int) -> int | None:
     while batch >= max(made.recipe.requires.min_batch, 1):
         try:
             _step(made, _share(made.plan).model_copy(update={"batch_size": batch, "accumulate": 1}), lambda: True)
-        except (
-            MemoryError,
-            RuntimeError,
-            ResourceFault,
-            ValueError,
-        ):  # the last is torch's, of batch norm on one sample
+        except (MemoryError, RuntimeError, ResourceFault, ValueError):  # the last is batch norm's, of one sample
             batch //= 2
         else:
             return batch
