@@ -139,8 +139,10 @@ def _policy(asked: Numbers) -> Numbers:
 
     from worker.data import augment
     from worker.data.policy import policy, simclr_view
+    from worker.parts import machine
 
     torch.set_num_threads(1)
+    machine.keep_freed_memory()  # as every trainer does
     pixels, draws = _pixels(asked), torch.Generator().manual_seed(asked["seed"])
     if asked["policy"] == "simclr":
         apply: Any = simclr_view(image_size=32, channels=3)
@@ -200,6 +202,7 @@ def _load(asked: Numbers) -> Numbers:
             "training": {"batch_size": BATCH}, "data": {"validation_fraction": 0.0}}  # fmt: skip
     made = assembled({**asked, "spec": spec})
     plan: Plan = made.plan
+    compute.settle(plan)
     # What timm's loader does by default.
     view = View(32, crop_scale=(0.08, 1.0), flip=0.5, jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4)
     data = replace(made.data, prepare=lambda batch, draws: {**batch, "image": view(batch["image"], draws)})

@@ -1,5 +1,9 @@
 """What a plan sets in torch for the whole process, and that the next plan undoes it."""
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -57,3 +61,32 @@ def test_float32_is_not_rounded_for_a_while() -> None:
     with compute.exact_float32():
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+
+
+FAULTS = """
+import resource, sys, torch
+from worker.parts import machine
+if sys.argv[1] == "kept":
+    machine.keep_freed_memory()
+torch.set_num_threads(1)
+seen = []
+for _ in range(40):
+    made = [torch.ones(2**18) for _ in range(8)]
+    del made
+    seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(seen[-1] - seen[10])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_what_a_step_frees_is_kept_for_the_next_one() -> None:
+    # What glibc begins with; where it goes from there is a matter of chance.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
+
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return int(done.stdout)
+
+    assert faults("given back") > 10_000
+    assert faults("kept") < 100

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from worker.parts import machine
 from worker.parts.small_maps import take_products
 from worker.parts.tuning import Plan
 
@@ -15,6 +16,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def settle(plan: Plan) -> None:
     """Set what is global in torch, whatever another plan has set before."""
+    machine.keep_freed_memory()
     torch.set_num_threads(plan.threads)
     torch.set_float32_matmul_precision(plan.float32_matmul)
     ordered = plan.device == "cuda" and plan.deterministic

@@ -1,5 +1,7 @@
 """The machine that a run is on: what choices may depend on, and what its bits depend on."""
 
+import contextlib
+import ctypes
 import os
 import platform
 import shutil
@@ -56,6 +58,23 @@ def onednn_is_exact() -> bool:
         torch.set_float32_matmul_precision(before)
     exact = a.double() @ b.double()
     return bool(((product - exact).abs().max() / exact.abs().max()) < 1e-5)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let this process keep what its tensors free, up to 2 GB: every step asks for the same again.
+
+    By its defaults glibc gives such pages back to the system, which clears and maps them anew. Without that the
+    standard augmentation makes 98 to 106 thousand images of 32 pixels a second on one core, not 41 to 61.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # nothing but glibc has it
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in _MALLOC.items():
+            mallopt(option, value)
+
+
+# malloc.h: M_MMAP_THRESHOLD, as high as it may be; M_TRIM_THRESHOLD; M_TOP_PAD.
+_MALLOC = {-3: 32 * 2**20, -1: 2**31 - 1, -2: 64 * 2**20}
 
 
 def fingerprint(device: str) -> dict[str, Any]:
