@@ -14,7 +14,7 @@ import torchvision.transforms.v2.functional as v2
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import DataFault
 from tests.worker import sets
-from worker.data import encoded, shelf
+from worker.data import encoded, images, shelf
 from worker.data.images import Images, Streamed, native_size, open_images
 from worker.data.shelf import Shelf
 from worker.data.source import ahead, in_order, part
@@ -74,6 +74,17 @@ def test_small_images_are_kept_as_they_are(digits: DatasetFacts, tmp_path: Path)
     assert found.mean == (pytest.approx(mean, abs=1e-5),)
     assert found.std == (pytest.approx(pixels.std() / 255, abs=1e-5),)
     assert native_size(digits) == 8
+
+
+@pytest.mark.parametrize("piece", [images.PIECE, 500], ids=["in one piece", "in several"])
+def test_moments_are_those_of_all_pixels(
+    facts: DatasetFacts, tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "PIECE", piece)
+    found, _ = opened(facts, tmp_path)
+    pixels = found.batch(torch.arange(12))["image"].double() / 255
+    assert found.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert found.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-6)
 
 
 def test_grey_becomes_colour_and_colour_grey(facts: DatasetFacts, digits: DatasetFacts, tmp_path: Path) -> None:

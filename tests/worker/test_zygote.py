@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from app.domain.datasets import DatasetFacts
 from tests.fakes import COMMAND
 from tests.waiting import dead, until
 from worker.report import Go, Limits, Order, Tick
@@ -134,6 +135,26 @@ def test_what_is_forked_has_taken_a_first_step_and_runs_one_thread(tmp_path: Pat
     said = json.loads(done.stdout)
     assert said.pop("recipes") > 0
     assert said == {"dynamo": True, "running": 1, "threads": 1}
+
+
+def test_a_job_imports_nothing_that_the_zygote_has_not(digits: DatasetFacts, tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from worker.trainer import zygote; zygote.prepare()\n"
+        "from app.domain.datasets import DatasetFacts; from worker.report import Reporter\n"
+        "from worker.trainer import local, process\n"
+        "known, home, facts = set(sys.modules), Path(sys.argv[1]), DatasetFacts.model_validate_json(sys.argv[2])\n"
+        "for recipe in ('image_classification', 'simclr'):\n"
+        "    spec = {'recipe': recipe, 'model': {'architecture': 'small_cnn', 'width': 0.25},"
+        " 'training': {'steps': 2, 'batch_size': 32}}\n"
+        "    order = local.local_order(spec, facts, home / recipe, home / 'cache', threads=1, device='cpu')\n"
+        "    assert process.carry_out(order, Reporter()) == 0\n"
+        "print(sorted(set(sys.modules) - known))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), digits.model_dump_json()],
+        env=clean_environment(dict(os.environ), tmp_path), stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_what_a_trainer_leaves_behind_in_its_group_is_killed(zygote: Client) -> None:
