@@ -2,13 +2,14 @@
 
 import copy
 import io
+from typing import cast
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from worker.parts.small_maps import SmallMapConv2d, take_products
+from worker.parts.small_maps import SmallMapConv2d, keep_matrices, take_products
 
 pytestmark = pytest.mark.worker
 
@@ -50,6 +51,21 @@ def test_gradients_of_gradients_are_right() -> None:
         (slope,) = torch.autograd.grad(layer(images).tanh().sum(), images, create_graph=True)
         slope.square().sum().backward()
     torch.testing.assert_close(ours.weight.grad, own.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_that_keeps_its_matrices_gives_the_same_bits_for_maps_of_every_size(dtype: torch.dtype) -> None:
+    _, ours = pair(3, 1, 1)
+    ours = cast(SmallMapConv2d, ours.to(dtype))
+    keeps = copy.deepcopy(ours)
+    keep_matrices(keeps)
+    with torch.inference_mode():
+        for size in ((1, 1), (2, 2), (2, 2), (8, 8), (1, 2)):
+            images = torch.randn(3, 6, *size, dtype=dtype)
+            assert torch.equal(keeps(images), ours(images))
+    assert keeps.matrices is not None
+    assert sorted(key[:2] for key in keeps.matrices) == [(1, 1), (1, 2), (2, 2)]
+    assert ours.matrices is None
 
 
 def test_large_maps_go_the_usual_way_to_the_bit() -> None:

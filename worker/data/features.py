@@ -16,6 +16,7 @@ from worker.parts import compute, machine
 from worker.parts.fold import folded, is_plain
 from worker.parts.memory import in_pieces
 from worker.parts.seed import generator
+from worker.parts.small_maps import keep_matrices
 from worker.parts.tuning import Plan
 from worker.recipe import Batch
 from worker.report import Reporter
@@ -27,7 +28,7 @@ DECIDES = {
     "threads", "precision", "memory_format", "float32_matmul", "deterministic", "small_map_products", "mean", "std",
 }  # fmt: skip
 VIEWS = 4  # fixed views of each sample where inputs are augmented: more passes would cost more than they bring
-BATCH_PIXELS = 64 * 64 * 64  # of a forward pass: what still fits a processor's caches runs fastest
+BATCH_PIXELS = 128 * 64 * 64  # of a forward pass: what still fits a processor's caches runs fastest
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def cache_prefix(
         first = source.batch(torch.arange(min(2, rows)))
         runs = folded(prefix, compute.laid_out(data.ready(first, device), plan)["image"])
         dtype = torch.float32
+        if runs is not prefix:
+            keep_matrices(runs)
         if runs is not prefix and plan.precision == "bfloat16" and is_plain(runs):
             dtype = torch.bfloat16
             runs = runs.to(dtype)

@@ -12,6 +12,7 @@ from app.domain.errors import UserFault
 from app.domain.models import ModelConfig
 from worker.parts.backbones import build_backbone
 from worker.parts.heads import build_head, without_dropout
+from worker.parts.stock_networks import undrawn_parameters
 from worker.parts.weights import differences
 
 
@@ -84,6 +85,7 @@ def load_state(network: Network, state: Mapping[str, Tensor], *, source: str) ->
 
 def load_network(config: ModelConfig, weights: Path) -> Network:
     """Build the network of a model and load its `model.safetensors`; in eval mode."""
-    network = assemble(config)
+    with undrawn_parameters():
+        network = assemble(config)
     load_state(network, load_file(weights), source=weights.name)
     return network.eval()

@@ -37,6 +37,22 @@ class _ParametersOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Undrawn(TorchFunctionMode):
+    """In place of random numbers come zeros, which also end torch's search for some within bounds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
+            return args[0].zero_()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def undrawn_parameters() -> Iterator[None]:
+    """Build networks whose every weight is loaded right after: for ResNet-18 a fifth of a second less."""
+    with _Undrawn():
+        yield
+
+
 @contextmanager
 def meta_parameters() -> Iterator[None]:
     """Build networks without memory or initialisation: only names and shapes."""

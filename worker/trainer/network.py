@@ -1,5 +1,6 @@
 """What a run starts from: the order's model, or the architecture in the spec."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from worker.data.images import native_size
 from worker.data.source import Data
 from worker.parts import architectures, backbones, small_networks
 from worker.parts.seed import derive
+from worker.parts.stock_networks import undrawn_parameters
 from worker.parts.weights import normalisation
 from worker.recipe import Recipe
 from worker.report import Order
@@ -69,9 +71,11 @@ def choose_network(spec: Spec, order: Order, facts: DatasetFacts) -> Network:
 
 def start_backbone(network: Network, seed: int, data: Data) -> nn.Module:
     """Build the backbone that a run starts from, with the weights that it starts with."""
-    backbone = backbones.build_backbone(
-        network.architecture, channels=network.channels, image_size=network.image_size, seed=derive(seed, "backbone")
-    )
+    with undrawn_parameters() if network.weights is not None else nullcontext():
+        backbone = backbones.build_backbone(
+            network.architecture, channels=network.channels, image_size=network.image_size,
+            seed=derive(seed, "backbone"),
+        )  # fmt: skip
     if network.weights is not None:
         backbones.load_backbone(backbone, network.weights, source=network.source)
     elif small_networks.fixed_stem(backbone):
