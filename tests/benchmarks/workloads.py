@@ -125,11 +125,11 @@ def simclr_resnet(bench: Bench) -> Pair:
 
 @workload("vae_mlp_128", "samples/s", 3, quality="loss")
 def vae(bench: Bench) -> Pair:
-    """VAE 784-400-20, batch 128, float32, against the loop of PyTorch's example; quality: nats after 10 epochs."""
+    """VAE 784-400-20, batch 128, against the loop of PyTorch's example; quality: nats after 10 epochs."""
     folder = pictures.grey(bench, 20_000, size=28)
     spec = {
         "recipe": "vae", "model": {"architecture": "mlp", "hidden": [400], "image_size": 28},
-        "training": {"epochs": 10, "batch_size": 128, "precision": "float32", "learning_rate": 1e-3, "seed": bench.seed,
+        "training": {"epochs": 10, "batch_size": 128, "learning_rate": 1e-3, "seed": bench.seed,
                      "optimizer": {"name": "adam"}, "weight_decay": 0.0, "schedule": "constant", "warmup_fraction": 0.0,
                      "checkpoint_every": NEVER},
     }  # fmt: skip

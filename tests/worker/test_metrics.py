@@ -102,18 +102,21 @@ def test_one_neighbour_is_scikit_learns(digits):
     assert metrics.knn_accuracy(bank, bank_labels, queries, labels, k=1) == pytest.approx(expected, abs=0.003)
 
 
-def test_linear_probe_is_ridge_with_the_penalty_of_the_best_left_out_accuracy():
+@pytest.mark.parametrize("width", [8, 90], ids=["fewer features than rows", "more features than rows"])
+@pytest.mark.parametrize("fitted", [metrics.FITTED, 400], ids=["at once", "in pieces"])
+def test_linear_probe_is_ridge_with_the_penalty_of_the_best_left_out_accuracy(width, fitted, monkeypatch):
+    monkeypatch.setattr(metrics, "FITTED", fitted)
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(60) % 3
-    means = torch.randn(3, 8, generator=generator)
-    features, queries = (means[labels] + 1.2 * torch.randn(60, 8, generator=generator) for _ in range(2))
+    means = torch.randn(3, width, generator=generator)
+    features, queries = (means[labels] + (0.15 * width) * torch.randn(60, width, generator=generator) for _ in range(2))
     mean, scale = features.mean(0), features.std(0)
     x, asked = (((rows - mean) / scale).double().numpy() for rows in (features, queries))
     y = np.eye(3)[labels]
 
     def scores(rows, targets, penalty, wanted):
         centre, level = rows.mean(0), targets.mean(0)
-        gram = (rows - centre).T @ (rows - centre) + penalty * np.eye(8)
+        gram = (rows - centre).T @ (rows - centre) + penalty * np.eye(width)
         return (wanted - centre) @ np.linalg.solve(gram, (rows - centre).T @ (targets - level)) + level
 
     best = (-1.0, 0.0)

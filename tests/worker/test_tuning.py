@@ -38,7 +38,7 @@ def test_a_processor_without_bfloat16_computes_in_float32() -> None:
 
 
 def test_each_family_gets_what_suits_it() -> None:
-    assert resolve(replace(CIFAR, family="mlp")).precision == "float32"
+    assert resolve(replace(CIFAR, family="mlp")).precision == "bfloat16"
     vit = resolve(replace(CIFAR, family="vit"))
     assert (vit.precision, vit.memory_format) == ("bfloat16", "contiguous")
     assert vit.learning_rate < resolve().learning_rate
@@ -112,6 +112,7 @@ def test_probes_are_rarer_where_a_step_is_cheap() -> None:
     pretraining = replace(CIFAR, kind="pretrain", samples=10_000)
     assert resolve(pretraining).probe_every == 3
     assert resolve(replace(pretraining, step_passes=2.0)).probe_every == 5
+    assert resolve(replace(pretraining, family="mlp")).probe_every == 12
 
 
 FACTS = {

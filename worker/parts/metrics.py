@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchmetrics warns at import about extras that nobody here uses
     from torchmetrics.functional import classification as measures
 
+FITTED = 2**22  # numbers that are fitted at once, for as many penalties
 CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
 # Under these a representation tells its samples hardly apart: RankMe is 1 and the spread 0 for one single point.
 RANK_FLOOR = 1.2
@@ -107,21 +108,24 @@ def linear_probe_accuracy(
     x = ((features - mean) / scale).double()
     targets = F.one_hot(labels, classes).double()
     centre = targets.mean(0)
-    values, vectors = torch.linalg.eigh(x.T @ x)
+    # The smaller of both products has the same eigenvalues but for zeros; e is min(n, d).
+    wide = x.shape[1] > len(x)
+    values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
     values = values.clamp(min=0)
-    rotated = x @ vectors  # [n, d]
-    moments = rotated.T @ (targets - centre)  # [d, classes]
-    best: tuple[float, Tensor] | None = None
-    for penalty in torch.logspace(-4, 2, penalties, dtype=torch.float64, device=x.device) * len(x):
-        shrunk = 1 / (values + penalty)
-        fitted = rotated @ (shrunk[:, None] * moments) + centre
-        leverage = (rotated.square() @ shrunk + 1 / len(x)).clamp(max=1 - 1e-9)[:, None]
-        left_out = targets - (targets - fitted) / (1 - leverage)
-        accuracy = (left_out.argmax(1) == labels).double().mean().item()
-        if best is None or accuracy >= best[0]:
-            best = accuracy, shrunk
-    assert best is not None
-    weight = vectors @ (best[1][:, None] * moments)
+    rotated = vectors * values.sqrt() if wide else x @ vectors  # [n, e]
+    moments = rotated.T @ (targets - centre)  # [e, classes]
+    shrunk = 1 / (values + torch.logspace(-4, 2, penalties, dtype=torch.float64, device=x.device)[:, None] * len(x))
+    leverage = (rotated.square() @ shrunk.T + 1 / len(x)).clamp(max=1 - 1e-9)  # [n, penalties]
+    accuracies: list[float] = []
+    for some in torch.arange(penalties, device=x.device).split(max(1, FITTED // targets.numel())):
+        fitted = (rotated @ (shrunk[some, :, None] * moments).transpose(0, 1).flatten(1)).unflatten(1, (-1, classes))
+        left_out = targets[:, None] - (targets[:, None] - fitted - centre) / (1 - leverage[:, some, None])
+        accuracies += (left_out.argmax(2) == labels[:, None]).double().mean(0).tolist()
+    best = shrunk[max(range(penalties), key=lambda number: (accuracies[number], number)), :, None]
+    if wide:
+        weight = x.T @ (vectors @ (best * (vectors.T @ (targets - centre))))
+    else:
+        weight = vectors @ (best * moments)
     scores = ((queries - mean) / scale).double() @ weight + centre
     return (scores.argmax(1) == query_labels).double().mean().item()
 
