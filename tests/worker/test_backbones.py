@@ -17,7 +17,7 @@ from worker.parts.backbones import (
     stages,
 )
 from worker.parts.exact_pool import pool_by_products
-from worker.parts.stock_networks import meta_parameters
+from worker.parts.stock_networks import meta_parameters, undrawn_parameters
 
 pytestmark = pytest.mark.worker
 
@@ -259,3 +259,15 @@ def test_load_backbone_leaves_a_head_out_and_names_what_does_not_fit():
         load_backbone(
             backbone, {**{k: v for k, v in source.items() if k != "bn1.weight"}, "rogue": torch.zeros(1)}, source="x"
         )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnet_x_400mf", "swin_t", "small_vit", "mlp"])
+def test_a_network_whose_weights_are_loaded_draws_none(name):
+    with undrawn_parameters():
+        undrawn = make(name)
+    assert not any(weight.any() for key, weight in undrawn.named_parameters() if weight.ndim > 1)
+    drawn = make(name)
+    assert any(weight.any() for weight in drawn.parameters() if weight.ndim > 1)
+    load_backbone(undrawn, drawn.state_dict(), source="mdl_1")
+    unlike = [key for key, value in drawn.named_buffers() if not torch.equal(value, undrawn.get_buffer(key))]
+    assert not unlike

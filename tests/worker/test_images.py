@@ -76,7 +76,7 @@ def test_small_images_are_kept_as_they_are(digits: DatasetFacts, tmp_path: Path)
     assert native_size(digits) == 8
 
 
-@pytest.mark.parametrize("piece", [images.PIECE, 500], ids=["in one piece", "in several"])
+@pytest.mark.parametrize("piece", [images.PIECE, 500, 100], ids=["in one piece", "by rows", "by pixels"])
 def test_moments_are_those_of_all_pixels(
     facts: DatasetFacts, tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

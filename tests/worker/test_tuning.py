@@ -112,7 +112,15 @@ def test_probes_are_rarer_where_a_step_is_cheap() -> None:
     pretraining = replace(CIFAR, kind="pretrain", samples=10_000)
     assert resolve(pretraining).probe_every == 3
     assert resolve(replace(pretraining, step_passes=2.0)).probe_every == 5
-    assert resolve(replace(pretraining, family="mlp")).probe_every == 12
+
+
+def test_an_mlp_is_probed_less_often_but_not_only_at_its_end() -> None:
+    pretraining = replace(CIFAR, kind="pretrain", samples=10_000, family="mlp")
+    assert [resolve(pretraining, epochs=epochs).probe_every for epochs in (100, 10, 4)] == [12, 5, 3]
+    assert resolve(pretraining, epochs=100, stop_on_collapse=True).probe_every == 3
+    waiting = {"metric": "probe/knn_accuracy"}
+    assert resolve(pretraining, epochs=100, early_stopping=waiting).probe_every == 3
+    assert resolve(pretraining, hardware=GPU, epochs=100).probe_every == 3
 
 
 FACTS = {

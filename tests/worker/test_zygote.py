@@ -18,6 +18,7 @@ from tests.fakes import COMMAND
 from tests.waiting import dead, until
 from worker.report import Go, Limits, Order, Tick
 from worker.supervisor.environment import clean_environment
+from worker.trainer.local import local_order
 
 pytestmark = pytest.mark.worker
 
@@ -137,21 +138,25 @@ def test_what_is_forked_has_taken_a_first_step_and_runs_one_thread(tmp_path: Pat
     assert said == {"dynamo": True, "running": 1, "threads": 1}
 
 
-def test_a_job_imports_nothing_that_the_zygote_has_not(digits: DatasetFacts, tmp_path: Path) -> None:
+def test_the_first_job_of_a_dataset_imports_nothing_more(digits: DatasetFacts, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from worker.trainer import zygote; zygote.prepare()\n"
-        "from app.domain.datasets import DatasetFacts; from worker.report import Reporter\n"
-        "from worker.trainer import local, process\n"
-        "known, home, facts = set(sys.modules), Path(sys.argv[1]), DatasetFacts.model_validate_json(sys.argv[2])\n"
-        "for recipe in ('image_classification', 'simclr'):\n"
-        "    spec = {'recipe': recipe, 'model': {'architecture': 'small_cnn', 'width': 0.25},"
-        " 'training': {'steps': 2, 'batch_size': 32}}\n"
-        "    order = local.local_order(spec, facts, home / recipe, home / 'cache', threads=1, device='cpu')\n"
-        "    assert process.carry_out(order, Reporter()) == 0\n"
+        "import sys; from worker.trainer import zygote; zygote.prepare()\n"
+        "from worker.trainer import process; from worker.report import Order, Reporter\n"
+        "known = set(sys.modules)\n"
+        "for order in sys.argv[1:]:\n"
+        "    assert process.carry_out(Order.model_validate_json(order), Reporter()) == 0\n"
         "print(sorted(set(sys.modules) - known))"
     )
+    orders = [
+        local_order(
+            {
+                "recipe": recipe, "model": {"architecture": "small_cnn", "width": 0.25, "image_size": 16},
+                "training": {"steps": 2, "batch_size": 32},
+            }, digits, tmp_path / recipe, tmp_path / "cache", threads=1, device="cpu",
+        ).model_dump_json() for recipe in ("image_classification", "simclr")
+    ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), digits.model_dump_json()],
+        [sys.executable, "-c", script, *orders],
         env=clean_environment(dict(os.environ), tmp_path), stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[]"

@@ -12,7 +12,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchmetrics warns at import about extras that nobody here uses
     from torchmetrics.functional import classification as measures
 
-FITTED = 2**22  # numbers that are fitted at once, for as many penalties
+FITTED = 2**22  # of rows x penalties x classes at once: 32 MB, and a few times that
 CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
 # Under these a representation tells its samples hardly apart: RankMe is 1 and the spread 0 for one single point.
 RANK_FLOOR = 1.2

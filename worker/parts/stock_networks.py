@@ -41,9 +41,16 @@ class _Undrawn(TorchFunctionMode):
     """In place of random numbers come zeros, which also end torch's search for some within bounds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
-            return args[0].zero_()
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            tensor = args[0] if args else kwargs["tensor"]
+            tensor.detach().zero_()
+            return tensor
+        return func(*args, **kwargs)
+
+
+# The last three come whole to a mode, and then do their work out of its sight.
+_DRAWS = (torch.Tensor.uniform_, torch.Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
 
 
 @contextmanager

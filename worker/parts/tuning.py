@@ -186,8 +186,8 @@ def resolve(
     reasons["log_every"] = "200 times in a run, and every 50 steps at least"
     probed, reasons["probe_every"] = 0, "only pretraining probes its features"
     if work.kind == "pretrain":
-        probed = probe_every(work.samples, work.step_passes, family=work.family)
-        reasons["probe_every"] = "as often as costs under 3 % of training"
+        epochs = math.ceil(steps / steps_per_epoch)
+        probed, reasons["probe_every"] = _probed(work, hardware, training, epochs)
     return Plan(
         device=hardware.device,
         fingerprint=dict(fingerprint or {}),
@@ -257,16 +257,26 @@ VIEW_ROWS = 250  # of which two views are compared as well: an eighth of them
 SMALL_SIDE = 64  # pixels; the memo's threads were measured at 32, and larger images give each of them more to do
 
 
-def probe_every(samples: int, step_passes: float = STEP_PASSES, *, family: str = "convolutional") -> int:
+def _probed(work: Workload, hardware: Hardware, training: Training, epochs: int) -> tuple[int, str]:
+    every, why = probe_every(work.samples, work.step_passes), "as often as costs under 3 % of training"
+    stops = training.stop_on_collapse or (
+        training.early_stopping and training.early_stopping.metric.startswith("probe")
+    )
+    if work.family != "mlp" or hardware.device != "cpu" or stops:
+        return every, why
+    rarer = probe_every(work.samples, work.step_passes, passes=MLP_PROBE_PASSES)
+    return max(every, min(rarer, epochs // 2)), f"{why}, and twice in a run"
+
+
+def probe_every(samples: int, step_passes: float = STEP_PASSES, *, passes: float = 1.0) -> int:
     """Choose how many epochs lie between two probes, so that probing costs under 3 % of training.
 
     A probe is one forward pass over at most PROBE_ROWS samples and over two views of an eighth; an epoch of training is
-    `step_passes` such passes over all of them. What is computed from the features takes little beside that, but for an
-    mlp, whose pass is short.
+    `step_passes` such passes over all of them. `passes` is more than one where what is computed from the features takes
+    longer than such a pass.
     """
     rows = min(samples, PROBE_ROWS)
     rows += 2 * view_rows(rows)
-    passes = MLP_PROBE_PASSES if family == "mlp" else 1.0
     return max(1, math.ceil(passes * rows / (0.03 * step_passes * samples)))
 
 
