@@ -163,6 +163,7 @@ def resolve(
     _refuse_uneven(batch, accumulate, processes)
     steps_per_epoch = max(1, work.samples // batch)
     steps = training.steps or steps_per_epoch * training.epochs
+    epochs = math.ceil(steps / steps_per_epoch)  # the last one may be cut short
     threads, reasons["threads"] = thread_count(work.family, work.image_size, hardware, memo)
     by_table = choices.precision(work.family, hardware)
     seen = memo.precision(work.family, threads, by_table[0]) if memo is not None else None
@@ -186,7 +187,6 @@ def resolve(
     reasons["log_every"] = "200 times in a run, and every 50 steps at least"
     probed, reasons["probe_every"] = 0, "only pretraining probes its features"
     if work.kind == "pretrain":
-        epochs = math.ceil(steps / steps_per_epoch)
         probed, reasons["probe_every"] = _probed(work, hardware, training, epochs)
     return Plan(
         device=hardware.device,
@@ -205,7 +205,7 @@ def resolve(
             "learning_rate", training.learning_rate, learning_rate(work, optimizer, batch, training.preset)
         ),
         optimizer=optimizer.model_dump(mode="json"),
-        epochs=math.ceil(steps / steps_per_epoch),  # the last one may be cut short
+        epochs=epochs,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         samples=work.samples,
@@ -265,7 +265,7 @@ def _probed(work: Workload, hardware: Hardware, training: Training, epochs: int)
     if work.family != "mlp" or hardware.device != "cpu" or stops:
         return every, why
     rarer = probe_every(work.samples, work.step_passes, passes=MLP_PROBE_PASSES)
-    return max(every, min(rarer, epochs // 2)), f"{why}, and twice in a run"
+    return max(every, min(rarer, epochs // 2)), f"{why}, and twice in a run at least"
 
 
 def probe_every(samples: int, step_passes: float = STEP_PASSES, *, passes: float = 1.0) -> int:
