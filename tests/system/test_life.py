@@ -52,9 +52,12 @@ def test_a_job_goes_from_post_to_weights_by_message(patient: Stack) -> None:
 
 def test_the_log_shows_the_way_from_post_to_trainer(patient: Stack) -> None:
     def by_message() -> str | None:
-        # The worker also looks once when it starts and once after a job, and then the message finds nothing to do.
+        # The worker also looks once when it starts and once after a job, and then the message finds nothing to do, or
+        # somebody who is quicker.
         job_id = patient.submit(steps=5)
-        return job_id if way_of(patient, job_id)[0] == "message received" else None
+        first = way_of(patient, job_id)[0]
+        sources = {line["source"] for line in said_of(patient, job_id) if line["event"] == "claimed"}
+        return job_id if first == "message received" and sources == {"message"} else None
 
     job_id = until(by_message)
     assert way_of(patient, job_id) == [
@@ -68,7 +71,7 @@ def test_the_log_shows_the_way_from_post_to_trainer(patient: Stack) -> None:
     # Logged by the API once Redis has it, often after the worker has it too.
     until(lambda: "wake-up published" in [line["event"] for line in said_of(patient, job_id)])
     (claimed,) = [line for line in said_of(patient, job_id) if line["event"] == "claimed"]
-    assert (claimed["attempt"], claimed["source"]) == (1, "message")
+    assert claimed["attempt"] == 1
     assert patient.attempts(job_id)[0].source == "message"
     assert claimed["pid"] == patient.workers[0].pid
 
