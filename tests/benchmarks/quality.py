@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.pairs import Bench, Numbers, Pair, workload
-from tests.benchmarks.sides import naive, ours, run
+from tests.benchmarks.sides import MODEL, naive, ours, run, trunk
 from tests.benchmarks.specs import NEVER, SGD, fine_tune
 
 
-def _fine_tuned(bench: Bench, architecture: Numbers, pictures: int, test: int, epochs: int, batch: int) -> Pair:
+def _fine_tuned(
+    bench: Bench, architecture: Numbers, pictures: int, test: int, epochs: int, batch: int, start: Path | None = None
+) -> Pair:
     folder = bench.part(pictures, test)
-    spec = fine_tune(bench, architecture, epochs=epochs, batch_size=batch, **SGD)
-    mine = ours(spec, bench, folder)["accuracy"]
-    theirs = naive({**architecture, "workload": "classification", "folder": str(folder), "batch_size": batch,
-                    "epochs": epochs, "seed": bench.seed, "evaluate": True})["accuracy"]  # fmt: skip
+    spec = fine_tune(bench, MODEL if start else architecture, epochs=epochs, batch_size=batch, **SGD)
+    mine = ours(spec, bench, folder, model=start)["accuracy"]
+    asked = {**architecture, "workload": "classification", "folder": str(folder), "batch_size": batch,
+             "epochs": epochs, "seed": bench.seed, "evaluate": True}  # fmt: skip
+    theirs = naive({**asked, "weights": str(start / "model.safetensors")} if start else asked)["accuracy"]
     return Pair(mine, theirs, (mine, theirs))
 
 
@@ -30,8 +33,16 @@ def finetune(bench: Bench) -> Pair:
 
 @workload("quality_finetune_resnet18_small_stem_32", "accuracy", 0.5, "quality")
 def finetune_small_stem(bench: Bench) -> Pair:
-    """Test accuracy of the full fine-tune with the small stem after equal epochs: 1,200 pictures, 4 epochs."""
-    return _fine_tuned(bench, {"architecture": "resnet18", "image_size": 32, "stem": "small"}, 1200, 2000, 4, 64)
+    """Test accuracy of the full fine-tune with the small stem after equal epochs: 2,000 pictures, 6 epochs."""
+    return _fine_tuned(bench, {"architecture": "resnet18", "image_size": 32, "stem": "small"}, 2000, 2000, 6, 64)
+
+
+@workload("quality_finetune_resnet50_64", "accuracy", 0.5, "quality")
+def finetune_resnet50(bench: Bench) -> Pair:
+    """Test accuracy of a full fine-tune of a trained ResNet-50 after equal epochs: 64 px, 2,000 pictures, 3 epochs."""
+    architecture = {"architecture": "resnet50", "image_size": 64}
+    start = trunk(bench, architecture, learning_rate=1e-3, optimizer={"name": "adamw"}, batch_size=64)
+    return _fine_tuned(bench, architecture, 2000, 2000, 3, 64, start)
 
 
 @workload("quality_simclr_small_cnn_32", "k-NN accuracy", 0.5, "quality")
@@ -42,8 +53,8 @@ def simclr(bench: Bench) -> Pair:
 
 @workload("quality_simclr_resnet18_small_stem_32", "k-NN accuracy", 0.5, "quality")
 def simclr_resnet(bench: Bench) -> Pair:
-    """k-NN test accuracy after SimCLR of ResNet-18 with the small stem: 1,200 pictures, 3 epochs."""
-    return _contrasted(bench, {"architecture": "resnet18", "image_size": 32, "stem": "small"}, 1200, 2000, 3)
+    """k-NN test accuracy after SimCLR of ResNet-18 with the small stem: 1,500 pictures, 4 epochs."""
+    return _contrasted(bench, {"architecture": "resnet18", "image_size": 32, "stem": "small"}, 1500, 2000, 4)
 
 
 def _contrasted(bench: Bench, architecture: Numbers, pictures: int, test: int, epochs: int) -> Pair:

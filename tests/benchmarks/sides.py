@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.pairs import Bench, Numbers
+from tests.benchmarks.specs import fine_tune
 
 MODEL = "mdl_" + "0" * 26  # stands for the exported model that a run starts from
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -33,6 +34,15 @@ def ours(
         if keep is not None:
             shutil.copytree(Path(out) / "model", keep, dirs_exist_ok=True)
     return _summary(lines, warmup)
+
+
+def trunk(bench: Bench, architecture: Numbers, **training: Any) -> Path:
+    """Give the folder of a backbone that both sides start from, trained by ours for a short while, once."""
+    kept = bench.work / f"trunk-{architecture['architecture']}-{architecture['image_size']}"
+    if not kept.exists():
+        spec = fine_tune(bench, architecture, augmentation="light", epochs=4, **training)
+        ours(spec, bench, bench.part(4000), keep=kept)
+    return kept
 
 
 def run(module: str, asked: Numbers, timeout: float = 600.0) -> list[Numbers]:

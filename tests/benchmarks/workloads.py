@@ -1,10 +1,8 @@
 """Rates and times of training: each function runs one pair and says what it compared."""
 
-from pathlib import Path
-
 from tests.benchmarks import ceiling, clusters, pictures, quality, service, shares, to_85
 from tests.benchmarks.pairs import WORKLOADS, Bench, Numbers, Pair, workload
-from tests.benchmarks.sides import MODEL, naive, ours, run
+from tests.benchmarks.sides import MODEL, naive, ours, run, trunk
 from tests.benchmarks.specs import NEVER, SGD, fine_tune
 
 __all__ = [
@@ -48,18 +46,9 @@ def finetune_resnet50(bench: Bench) -> Pair:
     return _rate(bench, {"architecture": "resnet50", "image_size": 224}, 16, 30)
 
 
-def trunk(bench: Bench, architecture: Numbers) -> Path:
-    """Give the folder of a backbone that both sides start from, trained by ours for a short while, once."""
-    kept = bench.work / f"trunk-{architecture['architecture']}-{architecture['image_size']}"
-    if not kept.exists():
-        spec = fine_tune(bench, architecture, augmentation="light", epochs=4, **SGD)
-        ours(spec, bench, bench.part(4000), keep=kept)
-    return kept
-
-
 def _frozen(bench: Bench, trainable: str, samples: int) -> Pair:
     architecture, folder = {"architecture": "resnet18", "image_size": 64}, bench.part(samples, 1000)
-    start = trunk(bench, architecture)
+    start = trunk(bench, architecture, **SGD)
     spec = _frozen_spec(bench, trainable, epochs=10)
     # A cache of its own: neither decoded images nor features are there yet.
     fast = ours(spec, bench, folder, cache=bench.work / f"cache-{trainable}-{bench.seed}", model=start)
@@ -92,7 +81,7 @@ def last_stage(bench: Bench) -> Pair:
 @workload("head_20_epochs_over_forward", "s", 1.25, "cost")
 def head_over_forward(bench: Bench) -> Pair:
     """20 epochs of the head, from the plan to the saved model, against one bfloat16 forward pass over the data."""
-    folder, start = bench.part(10_000), trunk(bench, {"architecture": "resnet18", "image_size": 64})
+    folder, start = bench.part(10_000), trunk(bench, {"architecture": "resnet18", "image_size": 64}, **SGD)
     cache = bench.work / f"cache-forward-{bench.seed}"
     spec = _frozen_spec(bench, "head", epochs=20)
     fast = ours(spec, bench, folder, cache=cache, model=start)

@@ -138,6 +138,29 @@ def test_a_cache_without_room_changes_nothing(digits: DatasetFacts, model: BaseM
     assert read(cramped).equals(read(given))
 
 
+def test_a_batch_that_memory_does_not_hold_goes_in_pieces(
+    digits: DatasetFacts, model: BaseModelInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, scarce = (order(digits, tmp_path / name, model) for name in ("roomy", "scarce"))
+    done(given)
+    sizes, load = list[int](), application._load
+
+    def limited(_: Any, inputs: tuple[torch.Tensor]) -> None:
+        if len(inputs[0]) > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        sizes.append(len(inputs[0]))
+
+    def loaded(*args: Any) -> Any:
+        backbone, head, normal = load(*args)
+        backbone.register_forward_pre_hook(limited)
+        return backbone, head, normal
+
+    monkeypatch.setattr(application, "_load", loaded)
+    done(scarce)
+    assert sum(sizes) == 220
+    np.testing.assert_allclose(matrix(read(scarce)), matrix(read(given)), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(("wish", "outcome"), [("cancel", "cancelled"), ("drain", "drained"), ("pause", "paused")])
 def test_another_wish_ends_it_between_two_batches(
     wish: str, outcome: str, digits: DatasetFacts, model: BaseModelInput, tmp_path: Path,

@@ -1,12 +1,9 @@
 """Whatever goes wrong ends a job by the right name: nothing half is published, nothing is trained on by mistake."""
 
-import contextlib
 import hashlib
 import os
 import re
-import resource
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -156,46 +153,6 @@ def test_when_even_that_does_not_fit_the_fault_names_what_does(
     assert last.error.hint == "Set training.batch_size to 16."
     assert "32" in last.error.message
     assert heard.codes().count("memory.activations_recomputed") == 1
-
-
-@contextlib.contextmanager
-def full_disk() -> Iterator[Callable[[int], None]]:
-    """Give what lets every write beyond so many bytes of a file fail, as on a full disk, without filling one."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-# What is about to be written when the disk fills up: from which message on, and with which parameters.
-MOMENTS: dict[str, tuple[Callable[[Any], bool], dict[str, Any]]] = {
-    "decoded images": (lambda message: True, {}),
-    "cached features": (lambda message: isinstance(message, Planned), {"trainable": "head"}),
-    "a checkpoint": (lambda message: getattr(message, "code", "") == "train.first_step", {}),
-    "the model": (lambda message: isinstance(message, Saved) and message.step == 10, {}),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_full_disk_is_a_failure_whatever_was_being_written(moment: str, digits: DatasetFacts, tmp_path: Path) -> None:
-    from_then_on, params = MOMENTS[moment]
-    order = sets.order(sets.spec(params=params, training={"checkpoint_every": 5, "epochs": 2}), digits, tmp_path)
-    with full_disk() as limit:
-
-        def fill(message: Any) -> None:
-            if from_then_on(message):
-                limit(1000)
-
-        if moment == "decoded images":
-            limit(1000)
-        heard, last = sets.failed(order, fill)
-    assert (last.error.fault, last.error.code, last.error.retryable) == ("resource", "disk_full", False)
-    assert "disk" in last.error.message
-    assert len(heard.of(Saved)) == (2 if moment == "the model" else 0)
-    left = [path.name for path in Path(order.cache).glob("*/*") if not path.name.startswith(".")]
-    assert len(left) == (0 if moment == "decoded images" else 2), "nothing half is left in a cache"
 
 
 def test_a_job_that_wants_a_gpu_never_runs_on_the_cpu(digits: DatasetFacts, tmp_path: Path) -> None:

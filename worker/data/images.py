@@ -11,8 +11,8 @@ from torch import Tensor
 
 from app.domain.datasets import SPLITS, DatasetFacts
 from worker.data.encoded import Encoded
-from worker.data.rows import Array, cached_rows, total_bytes
-from worker.data.shelf import Shelf, entry_key
+from worker.data.rows import Array, mapped_rows, total_bytes
+from worker.data.shelf import NoRoom, Shelf, entry_key
 from worker.data.source import carried
 from worker.disk import amount
 from worker.parts import machine
@@ -109,7 +109,6 @@ def open_images(
     Raises:
         DataFault: a row cannot be decoded.
         SystemFault: a shard is not what ingest wrote.
-        ResourceFault: the disk is full.
     """
     rows = facts.splits.get(split, 0)
     first = sum(facts.splits.get(before, 0) for before in SPLITS[: SPLITS.index(split)])  # type: ignore[arg-type]
@@ -119,19 +118,18 @@ def open_images(
         "labels": Array(torch.int64, (rows,)),
         "moments": Array(torch.float64, (2, channels)),  # mean and deviation
     }
-    needed = total_bytes(arrays)
-    short = shelf.shortage(needed, key=key)
-    if short is not None:
+    needed, tick = total_bytes(arrays), Ticker(reporter, f"decode {split}")
+    try:
+        found, made = mapped_rows(
+            shelf, key, arrays, lambda arrays: _decode_all(Encoded(facts, split), arrays, threads, tick), tick
+        )
+    except NoRoom as short:
         reporter.event(
             "data.streaming",
             f"The decoded {split} split would take {amount(needed)}, and {short}: images are decoded while training.",
             split=split, bytes=needed,
         )  # fmt: skip
         return _stream(facts, split, first, channels, image_size, threads, key)
-    tick = Ticker(reporter, f"decode {split}")
-    found, made = cached_rows(
-        shelf, key, arrays, lambda arrays: _decode_all(Encoded(facts, split), arrays, threads, tick), tick
-    )
     code, text = ("data.decoded", "Decoded") if made else ("data.cached", "Found decoded before:")
     reporter.event(code, f"{text} {rows} {split} images at {image_size} pixels.", split=split, rows=rows, bytes=needed)
     mean, std = (tuple(each) for each in found["moments"].tolist())

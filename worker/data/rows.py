@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from app.domain.errors import ResourceFault
-from worker.data.shelf import HINT, Shelf
+from worker.data.shelf import NoRoom, Shelf
 from worker.disk import amount
 from worker.parts import machine
 
@@ -52,14 +52,29 @@ def cached_rows(
     Raises:
         ResourceFault: there is no room on the disk, nor in memory.
     """
-    needed = total_bytes(arrays)
-    short = shelf.shortage(needed, key=key)
-    if short is not None:
+    try:
+        return mapped_rows(shelf, key, arrays, fill, tick)
+    except NoRoom as short:
+        needed = total_bytes(arrays)
         if needed > machine.look("cpu", 1).memory_bytes // MEMORY_PART:
-            raise ResourceFault(f"{amount(needed)} are to be kept on disk, and {short}.", code="disk_full", hint=HINT)
-        made = {name: torch.empty(array.shape, dtype=array.dtype) for name, array in arrays.items()}
-        fill(made)
-        return made, True
+            raise ResourceFault(
+                f"{amount(needed)} are to be kept on disk, and {short}.", code="disk_full",
+                hint="Free space on the worker, or change TUNEYARD_CACHE_BYTES, then /retry.",
+            ) from short  # fmt: skip
+    made = {name: torch.empty(array.shape, dtype=array.dtype) for name, array in arrays.items()}
+    fill(made)
+    return made, True
+
+
+def mapped_rows(
+    shelf: Shelf, key: str, arrays: Mapping[str, Array], fill: Callable[[dict[str, Tensor]], None],
+    tick: Callable[[int], None],
+) -> tuple[dict[str, Tensor], bool]:  # fmt: skip
+    """Do as `cached_rows` does, without memory as a way out.
+
+    Raises:
+        NoRoom: the shelf or its disk does not hold them.
+    """
 
     def make(folder: Path) -> None:
         fill({name: _mapped(folder / name, array, "r+") for name, array in arrays.items()})

@@ -16,14 +16,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from app.domain.errors import ResourceFault
 from worker.disk import amount, is_full, sync
 from worker.report import Order
 
 FREE_FLOOR_BYTES = 256 * 2**20
 WAIT_SECONDS = 0.1
 FOLDER = "shelf"  # below the cache that the jobs of a host share
-HINT = "Free space on the worker, or change TUNEYARD_CACHE_BYTES, then /retry."
+
+
+class NoRoom(Exception):
+    """An entry cannot be kept; the text is the limit that leaves no room for it."""
 
 
 def entry_key(kind: str, *parts: object) -> str:
@@ -42,13 +44,8 @@ class Shelf:
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self._folder, self._budget = folder, budget_bytes
 
-    def shortage(self, needed_bytes: int, *, key: str = "", beside: Collection[str] = ()) -> str | None:
-        """Say which limit leaves no room for an entry, were there nothing else but those `beside` it.
-
-        None: it is there already, or may be made.
-        """
-        if key and (self._folder / key).exists():
-            return None
+    def shortage(self, needed_bytes: int, *, beside: Collection[str] = ()) -> str | None:
+        """Say which limit leaves no room for an entry, were there nothing else but those `beside` it; None: neither."""
         self._folder.mkdir(parents=True, exist_ok=True)
         sizes = {path.name: _size(path) for path in self._folder.iterdir()}
         kept = sum(sizes.get(each, 0) for each in beside)
@@ -72,12 +69,14 @@ class Shelf:
         `waiting` is called now and then while others make this entry, or others that leave no room for it.
 
         Raises:
-            ResourceFault: the disk is full.
+            NoRoom: the budget or the disk does not hold it.
         """
         entry, partial = self._folder / key, self._folder / f".{key}.part"
         if _use(entry, sizes):
             return entry, False
-        self._folder.mkdir(parents=True, exist_ok=True)
+        short = self.shortage(sum(sizes.values()))
+        if short is not None:
+            raise NoRoom(short)
         with self._locked(key, waiting):
             if _use(entry, sizes):
                 return entry, False
@@ -92,10 +91,7 @@ class Shelf:
                 partial.rename(entry)
             except OSError as error:
                 if is_full(error):
-                    raise ResourceFault(
-                        f"The disk is full: {amount(sum(sizes.values()))} of decoded data could not be kept.",
-                        code="disk_full", hint=HINT,
-                    ) from error  # fmt: skip
+                    raise NoRoom(f"the worker's disk is full: {error.strerror}") from error
                 raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -119,7 +115,8 @@ class Shelf:
     def _make_room(self, needed_bytes: int) -> bool:
         """Remove entries, oldest first; False where even that would not do until others have made theirs.
 
-        A process that reads an entry keeps its bytes: they are only unlinked.
+        Raises:
+            NoRoom: processes that read what was removed keep its bytes, and the disk has no others.
         """
         making = self._being_made()
         aged: list[tuple[float, int, Path]] = []
@@ -139,6 +136,10 @@ class Shelf:
                 break
             self._remove(entry)
             held -= size
+        if not fits(held):
+            raise NoRoom(
+                f"the worker's disk has {amount(shutil.disk_usage(self._folder).free)} free beside running jobs"
+            )
         return True
 
     def _being_made(self) -> int:

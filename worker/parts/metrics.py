@@ -135,7 +135,9 @@ def effective_rank(features: Tensor) -> float:
 
     Garrido et al., arXiv 2210.02885, equation 1. Between 1 (collapsed) and min(n, d).
     """
-    values = torch.linalg.svdvals(features.float())
+    # From the smaller of both products, in float64 as exact as by the decomposition in float32, which takes longer.
+    x = features.double()
+    values = torch.linalg.eigvalsh(x @ x.T if x.shape[1] > len(x) else x.T @ x).clamp(min=0).sqrt()
     share = values / values.sum().clamp(min=1e-12) + 1e-7
     return (-(share * share.log()).sum()).exp().item()
 

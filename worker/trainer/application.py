@@ -21,9 +21,10 @@ from worker.data.source import Data, ahead, in_order, part
 from worker.data.split import reduced, split_labels
 from worker.ingest import Interrupted
 from worker.parts import backbones, compute, machine, networks, tuning
+from worker.parts.memory import in_pieces
 from worker.parts.seed import derive
 from worker.parts.tuning import Plan
-from worker.recipe import Context, Info, Recipe, Result, Samples
+from worker.recipe import Batch, Context, Info, Recipe, Result, Samples
 from worker.report import Finished, MadeFile, Metrics, Order, Reporter
 from worker.ticker import Ticker
 from worker.trainer.announce import announce
@@ -212,13 +213,16 @@ class Seen:
         rows, dimension = len(source), int(cast(Any, self.backbone.dimension))
         data = Data(source, None, None, None, torch.tensor(plan.mean), torch.tensor(plan.std))
 
+        def embedded(piece: Batch) -> Tensor:
+            ready = compute.laid_out(data.ready(piece, self.device), plan)
+            return self.backbone(ready["image"]).float().flatten(1).cpu()
+
         def fill(arrays: dict[str, Tensor]) -> None:
-            values = arrays["values"]
+            values, run = arrays["values"], in_pieces(embedded)
             with compute.autocast(plan, self.device):
                 for numbers, batch in ahead(source, in_order(source, plan.batch_size)):
                     self.tick(phase, int(numbers[0]), rows)
-                    ready = compute.laid_out(data.ready({"image": batch["image"]}, self.device), plan)
-                    values[numbers[0] : numbers[-1] + 1] = self.backbone(ready["image"]).float().flatten(1)
+                    values[numbers[0] : numbers[-1] + 1] = torch.cat(run({"image": batch["image"]}))
             if not values.isfinite().all():
                 raise UserFault("model: it gives features that are not finite.", code="features_not_finite")
 
