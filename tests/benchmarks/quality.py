@@ -14,13 +14,14 @@ from tests.benchmarks.specs import NEVER, SGD, fine_tune
 
 
 def _fine_tuned(
-    bench: Bench, architecture: Numbers, pictures: int, test: int, epochs: int, batch: int, start: Path | None = None
-) -> Pair:
+    bench: Bench, architecture: Numbers, pictures: int, test: int, epochs: int, batch: int,
+    start: Path | None = None, learning_rate: float = SGD["learning_rate"],
+) -> Pair:  # fmt: skip
     folder = bench.part(pictures, test)
-    spec = fine_tune(bench, MODEL if start else architecture, epochs=epochs, batch_size=batch, **SGD)
-    mine = ours(spec, bench, folder, model=start)["accuracy"]
+    training = {**SGD, "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch}
+    mine = ours(fine_tune(bench, MODEL if start else architecture, **training), bench, folder, model=start)["accuracy"]
     asked = {**architecture, "workload": "classification", "folder": str(folder), "batch_size": batch,
-             "epochs": epochs, "seed": bench.seed, "evaluate": True}  # fmt: skip
+             "epochs": epochs, "learning_rate": learning_rate, "seed": bench.seed, "evaluate": True}  # fmt: skip
     theirs = naive({**asked, "weights": str(start / "model.safetensors")} if start else asked)["accuracy"]
     return Pair(mine, theirs, (mine, theirs))
 
@@ -42,7 +43,7 @@ def finetune_resnet50(bench: Bench) -> Pair:
     """Test accuracy of a full fine-tune of a trained ResNet-50 after equal epochs: 64 px, 2,000 pictures, 3 epochs."""
     architecture = {"architecture": "resnet50", "image_size": 64}
     start = trunk(bench, architecture, learning_rate=1e-3, optimizer={"name": "adamw"}, batch_size=64)
-    return _fine_tuned(bench, architecture, 2000, 2000, 3, 64, start)
+    return _fine_tuned(bench, architecture, 2000, 2000, 3, 64, start, learning_rate=0.003)
 
 
 @workload("quality_simclr_small_cnn_32", "k-NN accuracy", 0.5, "quality")
