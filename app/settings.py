@@ -12,7 +12,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TUNEYARD_", env_ignore_empty=True, frozen=True, extra="ignore")
 
-    mode: Literal["local", "production"] = Field("local", description="`local` makes the first key itself.")
+    mode: Literal["local", "production"] = Field(
+        "local", description="`local` makes the first key itself; `production` demands one, and a database."
+    )
     home: Path = Field(Path("~/.tuneyard"), description="Everything this process writes lies under here.")
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
@@ -24,8 +26,10 @@ class Settings(BaseSettings):
     s3_access_key_id: SecretStr | None = Field(None, description="Key id for the S3 store.")
     s3_secret_access_key: SecretStr | None = Field(None, description="Secret for the S3 store.")
     admin_key: SecretStr | None = Field(None, description="First operator key (`ty_…`); required in production.")
-    log_format: Literal["json", "console"] = Field("json", description="How log lines look.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least level logged.")
+    log_format: Literal["json", "console"] = Field("json", description="How log lines look: `json` or `console`.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least level logged: `debug`, `info`, `warning` or `error`."
+    )
 
     max_upload_bytes: int = Field(50 * 2**30, ge=1, description="Largest upload.")
     max_body_bytes: int = Field(2**20, ge=1024, description="Largest JSON body.")

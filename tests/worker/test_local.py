@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.domain.errors import UserFault
-from tests.worker import sets
+from tests.worker import models, sets
 from worker.trainer import local
 from worker.trainer.__main__ import arguments
 
@@ -18,12 +18,12 @@ CNN = {"architecture": "small_cnn", "width": 0.25}
 
 
 def run(
-    spec: dict[str, Any], data: Path | str, folder: Path, capsys: pytest.CaptureFixture[str]
+    spec: dict[str, Any], data: Path | str, folder: Path, capsys: pytest.CaptureFixture[str], *more: str
 ) -> list[dict[str, Any]]:
     """Run a spec; give what was said."""
     path = folder / "spec.json"
     path.write_text(json.dumps(spec))
-    given = ["run", str(path), "--data", str(data), "--out", str(folder / "out"), "--threads", "1", "--device", "cpu"]
+    given = ["run", str(path), "--data", str(data), "--out", str(folder / "out"), "--threads", "1", "--device", "cpu", *more]
     code = local.run(arguments(given))
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (code, said[-1]["type"]) in ((0, "finished"), (1, "failed"))
@@ -74,6 +74,19 @@ def test_a_wrong_body_is_refused_before_the_data_is_read(
 ) -> None:
     error = refused(spec, tmp_path / "no such folder", tmp_path, capsys)
     assert error["message"].startswith(says)
+
+
+def test_the_body_of_a_job_runs_with_what_stands_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = {"recipe": "embed", "dataset": "ds_…", "model": "mdl_…", "params": {"splits": ["test"]}}
+    error = refused(body, tmp_path / "no such folder", tmp_path, capsys)
+    assert error["message"] == "model: there is no server here that knows mdl_…."
+    assert "--model" in error["hint"]
+    models.random(tmp_path / "model")
+    last = run(body, "builtin:digits", tmp_path, capsys, "--model", str(tmp_path / "model"))[-1]
+    assert last["result"]["samples"] == 500
+    assert (tmp_path / "out" / "embedding.parquet").is_file()
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     reporter = Reporter(listener=listener)
     threads = arguments.threads or max(1, torch.get_num_threads() // (arguments.processes or 1))
     try:
-        spec = read_body(Path(arguments.spec))
         model = local_model(Path(arguments.model)) if arguments.model else None
+        spec = without_server(read_body(Path(arguments.spec)), model)
         alone.check(spec, None, model.config if model is not None else None)  # before the data is read
         data = scratch / "data"
         data.mkdir(parents=True, exist_ok=True)
@@ -89,6 +89,21 @@ def read_body(path: Path) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise UserFault(f"{path} is not a JSON object.", code="invalid_spec", phase="read")
     return body
+
+
+def without_server(body: dict[str, Any], model: BaseModelInput | None) -> dict[str, Any]:
+    """Leave out of a job's body what stands here beside it: the dataset, and the id of the model.
+
+    Raises:
+        UserFault: it starts from a server's model, and nothing was given in its place.
+    """
+    named = isinstance(body.get("model"), str)
+    if named and model is None:
+        raise UserFault(
+            f"model: there is no server here that knows {body['model']}.", code="no_such_model", phase="read",
+            hint="Give the folder of its files with --model.",
+        )  # fmt: skip
+    return {name: value for name, value in body.items() if name != "dataset" and not (named and name == "model")}
 
 
 @contextlib.contextmanager
