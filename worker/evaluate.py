@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from app.domain.errors import UserFault
 from worker.data.source import Data, Source, ahead, in_order
 from worker.parts import compute, distributed, metrics
 from worker.parts.memory import in_pieces
@@ -131,10 +132,18 @@ def probe(module: nn.Module, data: Data, plan: Plan, device: torch.device, tick:
 
     Four fifths of the labelled rows teach the two classifiers, the others are asked; the test split is not touched.
     What the objective itself measures on the features (`probed`) comes with it.
+
+    Raises:
+        UserFault: a feature is not finite.
     """
     assert data.probe is not None
     objective = cast(Any, module)
     found = features(objective.backbone, data.probe, data, plan, device, tick)
+    if not bool(found.isfinite().all()):
+        raise UserFault(
+            "The features of some training samples are not finite.", code="features_not_finite", phase="evaluate",
+            hint="Lower training.learning_rate, or set training.gradient_clip to 1.",
+        )  # fmt: skip
     numbers = {
         "effective_rank": metrics.effective_rank(found),
         "feature_spread": metrics.feature_spread(found),

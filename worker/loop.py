@@ -31,13 +31,16 @@ from worker.parts import compute, distributed, optim, schedule
 from worker.parts.ema import Average
 from worker.parts.memory import not_training
 from worker.parts.metrics import collapsed
+from worker.parts.optim import Optimizers
 from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import Plan
 from worker.parts.window import Window
 from worker.recipe import Batch, Progress
 from worker.report import Metrics, Outcome, Reporter, Wish
-from worker.state import State, pack, unpack
+from worker.state import State, first_not_finite, pack, unpack
 from worker.ticker import Ticker
+
+CALMER = "Lower training.learning_rate, or set training.gradient_clip to 1."
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def train(
 
     def save() -> None:
         _refuse_non_finite(window, state, data, module, training, plan)
+        _refuse_damage(module, optimizer, state, training, plan)
         state.seconds = clock.used() if training.max_seconds is not None else None
         contents = pack(state, plan, module, optimizer, average, scaler, window, best_weights)
         is_best = state.best is not None and state.best["step"] == state.step
@@ -129,8 +133,6 @@ def train(
         order = draw_order(module, data.train.labels, plan, seed=training.seed, epoch=epoch)
 
         for rows, batch in ahead(data.train, _batches(order, plan, state.step, share), epoch, device=device):
-            if halted():
-                break
             progress = _progress(state.step, plan)
             learning_rate, weight_decay = _rates(module, progress, training, plan)
             optimizer.schedule(learning_rate, weight_decay)
@@ -174,6 +176,7 @@ def train(
             if clock.should_show():
                 report.send(clock.shown(state.step))
             if epoch_over:
+                _refuse_damage(module, optimizer, state, training, plan)
                 with average.in_place() if average is not None else contextlib.nullcontext():
                     numbers = _look(module, data, plan, device, epoch, ticker("validate"))
                     tell(numbers)
@@ -187,6 +190,9 @@ def train(
                 and clock.should_save(training, state.step, epoch_over)
             ):
                 save()
+            # Not before an epoch's first step: what `before_epoch` made would be kept, and be made again on resuming.
+            if state.step < plan.steps and halted():
+                break
 
     if state.step == plan.steps:
         wish = "run"  # too late to wish for anything
@@ -327,5 +333,17 @@ def _refuse_non_finite(
     raise UserFault(
         f"The loss was not finite at step {step + 1} (learning rate {rate:.3g}); the batch held the samples "
         f"{', '.join(map(str, samples[:32]))}{', …' if len(samples) > 32 else ''}.",
-        code="loss_not_finite", hint="Lower training.learning_rate, or set training.gradient_clip to 1.", phase="train",
+        code="loss_not_finite", hint=CALMER, phase="train",
+    )  # fmt: skip
+
+
+def _refuse_damage(module: nn.Module, optimizer: Optimizers, state: State, training: Training, plan: Plan) -> None:
+    """Refuse to keep or to measure what a step has spoilt whose loss, taken before it, was still finite."""
+    found = first_not_finite(module, optimizer)
+    if found is None:
+        return
+    rate, _ = _rates(module, _progress(state.step - 1, plan), training, plan)
+    raise UserFault(
+        f"The loss was finite, but {found} was not any more by step {state.step} (learning rate {rate:.3g}).",
+        code="loss_not_finite", hint=CALMER, phase="train",
     )  # fmt: skip

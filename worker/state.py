@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from app.domain.errors import SystemFault
 from worker.checkpoint import Contents
@@ -76,3 +77,22 @@ def unpack(
             hint="Start again with /retry, without the checkpoint.",
         ) from error  # fmt: skip
     return state
+
+
+def first_not_finite(module: nn.Module, optimizer: Optimizers) -> str | None:
+    """Name what of a run holds something else than numbers: a weight, a norm's statistic, the optimiser's state.
+
+    A sum tells, which is read from the device once for all of them. What is not trained is not looked at.
+    """
+    named = {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
+    for name, norm in module.named_modules():
+        if isinstance(norm, _NormBase) and norm.training and norm.running_mean is not None:
+            named |= {f"{name}.running_mean": norm.running_mean, f"{name}.running_var": norm.running_var}
+    named |= {f"the optimiser's {name}": value for name, value in optimizer.state().items()}
+    if not named:
+        return None
+    device = next(iter(named.values())).device
+    sums = torch.stack([value.sum(dtype=torch.float32).to(device) for value in named.values()])
+    if bool(sums.isfinite().all()):
+        return None
+    return list(named)[int((~sums.isfinite()).int().argmax())]

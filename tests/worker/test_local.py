@@ -23,8 +23,20 @@ def run(
     """Run a spec; give what was said."""
     path = folder / "spec.json"
     path.write_text(json.dumps(spec))
-    given = ["run", str(path), "--data", str(data), "--out", str(folder / "out"), "--threads", "1", "--device", "cpu", *more]
-    code = local.run(arguments(given))
+    given = [
+        "run",
+        str(path),
+        "--data",
+        str(data),
+        "--out",
+        str(folder / "out"),
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        *more,
+    ]
+    code = local.run(arguments([*given, *more]))
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (code, said[-1]["type"]) in ((0, "finished"), (1, "failed"))
     return said
@@ -76,9 +88,7 @@ def test_a_wrong_body_is_refused_before_the_data_is_read(
     assert error["message"].startswith(says)
 
 
-def test_the_body_of_a_job_runs_with_what_stands_beside_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_body_of_a_job_runs_with_what_stands_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = {"recipe": "embed", "dataset": "ds_…", "model": "mdl_…", "params": {"splits": ["test"]}}
     error = refused(body, tmp_path / "no such folder", tmp_path, capsys)
     assert error["message"] == "model: there is no server here that knows mdl_…."

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ from app.domain.spec import Optimizer, Training
 from tests.worker.objectives import Recording, Rows, Small, data, keep_all, plan, same, train
 from tests.worker.sets import Heard
 from worker import checkpoint, clock
+from worker.parts import optim
 from worker.recipe import Batch, Progress
 from worker.report import Saved
+from worker.state import first_not_finite
 
 pytestmark = pytest.mark.worker
 
@@ -117,6 +119,49 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_samples(bad_step: int, tm
     assert [message.step for message in saved] == list(range(1, bad_step + 1)), "the last good checkpoint is kept"
     newest = checkpoint.read(tmp_path / saved[-1].file)
     assert all(value.isfinite().all() for value in newest.part("model").values())
+
+
+class Spoilt(Recording):
+    """From a step on its loss is finite and its gradient is not: the slope of a root at zero."""
+
+    bad_step = 0
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        loss = self.backbone(batch["image"]).square().mean()
+        return {"loss": loss + (self.linear.bias.sum() * 0).sqrt() if progress.step >= self.bad_step else loss}
+
+
+@pytest.mark.parametrize(("every", "kept"), [(1, [1]), (100, [])], ids=["at a checkpoint", "at an epoch's end"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_what_a_step_of_finite_loss_has_spoilt_is_neither_kept_nor_published(
+    every: int, kept: list[int], clip: float | None, tmp_path: Path
+) -> None:
+    module, heard = Spoilt(), Heard()
+    module.bad_step = 1 if every == 1 else 2  # the last one of an epoch
+    training = Training(epochs=1, batch_size=4, checkpoint_every=every, gradient_clip=clip)
+    with pytest.raises(UserFault, match=r"but backbone\.1\.\w+ was not any more by step") as raised:
+        train(module, training, tmp_path, heard=heard)
+    assert raised.value.code == "loss_not_finite"
+    assert f"by step {module.bad_step + 1} (learning rate 0.0" in raised.value.message
+    assert [message.step for message in heard.of(Saved)] == kept
+    assert "evaluate" not in module.calls
+
+
+def test_a_statistic_that_is_not_finite_is_found_and_what_is_frozen_is_left() -> None:
+    module = Small()
+    optimizer = optim.build(optim.groups(module), Optimizer(name="adamw"))
+    assert first_not_finite(module, optimizer) is None
+    norm = cast(nn.BatchNorm1d, module.backbone[2])
+    assert norm.running_var is not None
+    norm.running_var[3] = math.inf
+    assert first_not_finite(module, optimizer) == "backbone.2.running_var"
+    norm.eval()
+    assert first_not_finite(module, optimizer) is None
+    with torch.no_grad():
+        module.head.bias[0] = math.nan
+    assert first_not_finite(module, optimizer) == "head.bias"
+    module.requires_grad_(requires_grad=False)
+    assert first_not_finite(module, optimizer) is None
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -74,6 +74,30 @@ def test_a_stop_gives_the_best_weights_so_far(tmp_path: Path) -> None:
     assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
 
 
+class Restless(Recording):
+    """A pause is wished for while an epoch is made ready."""
+
+    def __init__(self, heard: Heard) -> None:
+        super().__init__()
+        self._heard = heard
+
+    def before_epoch(self, features_of: Any, progress: Progress) -> list[nn.Parameter]:
+        if progress.epoch == 1:
+            self._heard.reporter.want("pause")
+        return super().before_epoch(features_of, progress)
+
+
+def test_what_an_epoch_begins_with_is_made_once_whenever_a_pause_comes(tmp_path: Path) -> None:
+    training, heard = Training(epochs=3, batch_size=4), Heard()
+    module = Restless(heard)
+    result, _ = train(module, training, tmp_path, heard=heard)
+    assert (result.outcome, result.step) == ("paused", 4), "a step further, so that the epoch has begun"
+    again = Recording()
+    train(again, training, tmp_path / "again", newest=tmp_path / heard.of(Saved)[-1].file)
+    begun = [call.split()[1] for call in module.calls + again.calls if call.startswith("before_epoch")]
+    assert begun == ["0", "1", "2"]
+
+
 def test_a_wish_after_the_last_step_comes_too_late(tmp_path: Path) -> None:
     heard = Heard(lambda message: "cancel" if isinstance(message, Saved) and message.step == 3 else None)
     result, _ = train(Small(), Training(epochs=1, batch_size=4), tmp_path, heard=heard)

@@ -295,7 +295,7 @@ RECIPE = Recipe(
     name="semi_supervised",
     kind="finetune",
     version="1",
-    summary="Learn classes from few labels and many unlabelled images at once: FixMatch, or a pretraining loss in turns.",
+    summary="Learn classes from few labels and many unlabelled images at once: FixMatch, or a pretraining loss.",
     tasks=("image_classification",),
     Params=SemiSupervisedParams,
     requires=Requires(labels=True, unlabelled=True, min_samples=4, min_batch=4, min_classes=2),

@@ -57,7 +57,7 @@ def run(order: Order, reporter: Reporter) -> Finished:
     torch.set_num_threads(threads)
     network = choose_network(spec, order, facts)
     seed = spec.training.seed
-    backbone, head, normal = _load(recipe, network, order, facts, seed, threads, reporter)
+    backbone, head, normal = _load(recipe, network, order, facts, seed, threads, reporter, given)
     work = tuning.Workload(
         kind=recipe.kind, family=network.facts["family"], image_size=network.image_size, channels=network.channels,
         samples=max(sum(facts.splits.values()), 1), pretrained=True,
@@ -103,9 +103,13 @@ def _finished(made: Result, reporter: Reporter) -> Finished:
 
 
 def _load(
-    recipe: Recipe, network: Network, order: Order, facts: DatasetFacts, seed: int, threads: int, reporter: Reporter
-) -> tuple[nn.Module, nn.Module | None, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Build the network with its weights; give backbone, head (of a model that has classes), mean and std."""
+    recipe: Recipe, network: Network, order: Order, facts: DatasetFacts, seed: int, threads: int, reporter: Reporter,
+    given: Plan | None,
+) -> tuple[nn.Module, nn.Module | None, tuple[tuple[float, ...], tuple[float, ...]]]:  # fmt: skip
+    """Build the network with its weights; give backbone, head (of a model that has classes), mean and std.
+
+    `given` is the plan of an earlier attempt.
+    """
     if network.normalisation is None and recipe.requires.trained:
         raise UserFault(
             "model: this job needs trained weights: a model `mdl_…`, a job `job_…`, or an architecture with `weights`.",
@@ -116,9 +120,10 @@ def _load(
             facts, "train", image_size=network.image_size, channels=network.channels, shelf=shelf_of(order),
             threads=threads, reporter=reporter,
         )  # fmt: skip
-        mean, std = torch.tensor(images.mean), torch.tensor(images.std)
-        data = Data(part(images, torch.arange(len(images))), None, None, None, mean, std)
-        return start_backbone(network, seed, data), None, (images.mean, images.std)
+        # A stream only estimates them, and a later attempt may find the images decoded.
+        mean, std = (given.mean, given.std) if given is not None else (images.mean, images.std)
+        data = Data(part(images, torch.arange(len(images))), None, None, None, torch.tensor(mean), torch.tensor(std))
+        return start_backbone(network, seed, data), None, (mean, std)
     if order.model is not None:
         whole = networks.load_network(order.model.config, Path(order.model.weights))
         return whole.backbone, whole.head, network.normalisation
