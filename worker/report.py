@@ -60,7 +60,7 @@ class Order(Message):
     kind: Literal["pretrain", "finetune", "apply", "internal"]
     recipe: str  # for internal jobs: ingest, import_model, measure
     spec: dict[str, Any]
-    plan: dict[str, Any] | None = None  # of the first attempt; used again as it is
+    plan: dict[str, Any] | None = None  # of an earlier attempt; used again as far as this machine can
     dataset: DatasetFacts | None = None  # its shards carry `path`
     model: BaseModelInput | None = None
     upload: str | None = None  # path of the raw bytes, for ingest and import

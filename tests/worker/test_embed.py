@@ -125,6 +125,17 @@ def test_features_of_another_torch_are_not_found(
     assert len(_stamps(tmp_path)) == 4
 
 
+def test_a_later_attempt_on_a_cpu_does_not_compute_in_float16(
+    digits: DatasetFacts, model: BaseModelInput, tmp_path: Path
+) -> None:
+    heard, _ = done(order(digits, tmp_path / "one", model))
+    (planned,) = heard.of(Planned)
+    begun = {**planned.plan, "precision": "float16"}  # as on a GPU without bfloat16
+    heard, _ = done(order(digits, tmp_path / "two", model).model_copy(update={"plan": begun, "attempt": 2}))
+    (again,) = heard.of(Planned)
+    assert (again.plan["precision"], again.exact) == (planned.plan["precision"], False)
+
+
 def _stamps(folder: Path) -> list[int]:
     return sorted(path.stat().st_mtime_ns for path in (folder / "cache" / "shelf").glob("features*/values"))
 

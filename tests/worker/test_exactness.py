@@ -221,6 +221,25 @@ def test_on_a_gpu_only_a_deterministic_run_goes_on_to_the_same_bits(
     assert [event.data["differs"] for event in heard.of(Event)] == ([differs] if differs else [])
 
 
+def test_what_the_plan_asks_of_a_machine_that_cannot_do_it_is_done_otherwise_and_said(
+    paused: tuple[Order, Planned, str], coloured: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run begins on a GPU in float16, or compiled where there is a compiler, and goes on where there is neither."""
+    first, planned, checkpoint = paused
+    begun = {"compile": True, "precision": "float16"}
+    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    order = sets.order(
+        first.spec, coloured, tmp_path, plan={**planned.plan, **begun}, attempt=2,
+        checkpoint=as_if_begun(checkpoint, tmp_path, **begun),
+    )  # fmt: skip
+    heard, _ = sets.finished(order)
+    (said,) = heard.of(Planned)
+    assert (said.exact, said.plan["compile"], said.plan["precision"]) == (False, False, planned.plan["precision"])
+    assert "no C++ compiler" in said.plan["reasons"]["compile"]
+    (event,) = [event for event in heard.of(Event) if event.code == "resume.inexact"]
+    assert event.data["differs"] == ["compile", "precision"]
+
+
 def as_if_begun(path: str, folder: Path, **changes: Any) -> str:
     """Rewrite a checkpoint as if its run had begun under a plan with these changes."""
     from worker import checkpoint

@@ -9,6 +9,7 @@ from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
 from worker.parts import choices, machine, tuning
 from worker.parts.machine import Hardware
+from worker.parts.taken_over import taken_over
 from worker.parts.tuning import Plan, Workload
 
 pytestmark = pytest.mark.unit
@@ -176,3 +177,27 @@ def test_this_machine_can_be_looked_at() -> None:
     found = machine.fingerprint("cpu")
     assert found == machine.fingerprint("cpu")
     assert {"torch", "processor", "instructions"} <= set(found)
+
+
+def test_what_this_machine_cannot_do_is_done_otherwise_and_has_its_reason() -> None:
+    begun = resolve(compile=True).model_copy(update={"precision": "float16", "accumulate": 2})
+    made = taken_over(begun, "convolutional", OLD)
+    assert (made.compile, made.precision) == (False, "float32")
+    assert "no C++ compiler" in made.reasons["compile"]
+    assert "float16" in made.reasons["precision"]
+    assert "no bfloat16 instructions" in made.reasons["precision"]
+    kept = made.model_copy(update={each: getattr(begun, each) for each in ("compile", "precision", "reasons")})
+    assert kept == begun, "and nothing else"
+    assert taken_over(begun, "convolutional", AMD).precision == "bfloat16"
+    assert taken_over(begun, "convolutional", AMD).compile is True
+    assert taken_over(made, "convolutional", OLD) == made, "every process of a run comes to the same"
+
+
+def test_what_this_machine_would_merely_not_have_chosen_stays() -> None:
+    begun = resolve()
+    assert taken_over(begun, "convolutional", OLD) == begun, "bfloat16 without instructions for it is slow, not wrong"
+    assert taken_over(begun, "convolutional", replace(AMD, threads=8)) == begun
+    half = resolve(hardware=replace(GPU, compiler=False), precision="float16", compile=True)
+    assert taken_over(half, "convolutional", replace(GPU, compiler=False)) == half
+    assert taken_over(half, "convolutional", AMD).device == "cpu"
+    assert taken_over(begun, "convolutional", GPU).device == "cuda"

@@ -25,6 +25,11 @@ class Hardware:
     onednn_is_exact: bool = True
     memory_bytes: int = 8 * 2**30
 
+    @property
+    def compiles(self) -> bool:
+        """Say whether torch can compile here: for a CPU it needs a C++ compiler."""
+        return self.compiler or self.device == "cuda"
+
 
 def look(device: str, threads: int) -> Hardware:
     """Look at this machine; nothing is measured but the rounding of one product."""

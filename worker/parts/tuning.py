@@ -294,7 +294,7 @@ def _compile(
     if training.compile == "auto":
         reasons["compile"] = choices.no_compile(family, hardware)
         return False
-    if training.compile and hardware.device == "cpu" and not hardware.compiler:
+    if training.compile and not hardware.compiles:
         raise UserFault("training.compile: this worker has no C++ compiler; use false or auto.", code="no_compiler")
     reasons["compile"] = "as asked"
     return training.compile

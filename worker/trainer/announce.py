@@ -11,15 +11,16 @@ def announce(plan: Plan, device: torch.device, reporter: Reporter, *, first: Pla
     """Report the plan and wait until it is committed; say so where the result will not be the same to the bit.
 
     Args:
-        first: the plan of the attempt before, which this one goes on with.
+        first: the plan under which was computed what this attempt goes on from.
     """
     found, differs = machine.fingerprint(device.type), list[str]()
     if first is not None:
         differs = sorted(key for key in {*found, *first.fingerprint} if first.fingerprint.get(key) != found.get(key))
         # Without `deterministic` two runs on one and the same GPU differ as well.
-        differs += ["device"] if plan.device != device.type else []
+        differs += ["device"] if first.device != device.type else []
         differs += ["kernels"] if device.type == "cuda" and not plan.deterministic else []
-        changed = ("world_size", "accumulate", "checkpoint_activations")  # the last two after memory ran out
+        # What this machine or this worker does otherwise (taken_over.py), then what is done after memory ran out.
+        changed = ("compile", "precision", "world_size", "accumulate", "checkpoint_activations")
         differs += [name for name in changed if getattr(plan, name) != getattr(first, name)]
     if differs:
         reporter.event(

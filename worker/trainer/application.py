@@ -23,6 +23,7 @@ from worker.ingest import Interrupted
 from worker.parts import backbones, compute, machine, networks, tuning
 from worker.parts.memory import in_pieces
 from worker.parts.seed import derive
+from worker.parts.taken_over import taken_over
 from worker.parts.tuning import Plan
 from worker.recipe import Batch, Context, Info, Recipe, Result, Samples
 from worker.report import Finished, MadeFile, Metrics, Order, Reporter
@@ -62,8 +63,9 @@ def run(order: Order, reporter: Reporter) -> Finished:
         kind=recipe.kind, family=network.facts["family"], image_size=network.image_size, channels=network.channels,
         samples=max(sum(facts.splits.values()), 1), pretrained=True,
     )  # fmt: skip
-    plan = given or tuning.resolve(
-        spec.training.model_copy(update={"epochs": 1, "steps": None}), work, machine.look(device.type, threads),
+    hardware = machine.look(device.type, threads)
+    plan = taken_over(given, work.family, hardware) if given is not None else tuning.resolve(
+        spec.training.model_copy(update={"epochs": 1, "steps": None}), work, hardware,
         mean=normal[0], std=normal[1], fingerprint=machine.fingerprint(device.type),
     )  # fmt: skip
     announce(plan, device, reporter, first=given)

@@ -21,6 +21,7 @@ from worker.data.source import Data, Source, in_order
 from worker.parts import backbones, compute, machine, memo, tuning
 from worker.parts.recompute import recompute_stages
 from worker.parts.seed import derive, reseed
+from worker.parts.taken_over import taken_over
 from worker.parts.tuning import Plan
 from worker.recipe import Info, Params, PretrainParams, Recipe
 from worker.report import Order, Reporter
@@ -61,7 +62,7 @@ class Assembly:
 
 
 def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> Assembly:
-    """Make everything that an order needs. With a plan (of an earlier attempt) nothing is chosen again.
+    """Make everything that an order needs. With a plan (of an earlier attempt) nothing is chosen again that can stay.
 
     Raises:
         JobFault: the spec, the data or this machine cannot do it; the message names the field, file or row.
@@ -125,8 +126,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
             cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
         )  # fmt: skip
         plan = _with_views(plan, objective, data, shelf, reporter)
-    elif plan.world_size != processes:
-        plan = tuning.spread(plan, processes)
+    else:
+        plan = tuning.spread(taken_over(plan, family, hardware), processes)
     if plan.checkpoint_activations:
         recompute_stages(cast(Any, objective).backbone)
     return Assembly(spec, recipe, params, plan, network, info, objective, data, device, facts)
