@@ -18,6 +18,7 @@ from app.domain.datasets import DatasetFacts
 from app.domain.spec import Training
 from tests.worker import sets
 from tests.worker.objectives import plan
+from worker import sources
 from worker.parts import machine
 from worker.report import Event, Finished, Order, Planned, Saved, read_report
 from worker.trainer.announce import announce
@@ -182,7 +183,7 @@ def paused(coloured: DatasetFacts, tmp_path_factory: pytest.TempPathFactory) -> 
     return order, heard.of(Planned)[0], str(Path(order.scratch) / heard.of(Saved)[0].file)
 
 
-@pytest.mark.parametrize("differs", [*sorted(machine.fingerprint("cpu")), "a new entry", "an entry of old", "device"])
+@pytest.mark.parametrize("differs", [*sorted(machine.provenance("cpu")), "a new entry", "an entry of old", "device"])
 def test_elsewhere_it_goes_on_and_says_that_it_is_not_exact(
     differs: str, paused: tuple[Order, Planned, str], coloured: DatasetFacts, tmp_path: Path
 ) -> None:
@@ -190,8 +191,8 @@ def test_elsewhere_it_goes_on_and_says_that_it_is_not_exact(
     fingerprint, changes = dict(planned.fingerprint), dict[str, Any]()
     match differs:
         case "a new entry":
-            fingerprint.pop("torch")
-            differs = "torch"
+            fingerprint.pop("engine")  # as in what was begun before the engine was in it
+            differs = "engine"
         case "an entry of old":
             fingerprint["libc"] = "2.17"
             differs = "libc"
@@ -212,13 +213,31 @@ def test_elsewhere_it_goes_on_and_says_that_it_is_not_exact(
 def test_on_a_gpu_only_a_deterministic_run_goes_on_to_the_same_bits(
     deterministic: bool, differs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "fingerprint", lambda _: {"gpu": "one"})
+    monkeypatch.setattr(machine, "provenance", lambda _: {"gpu": "one"})
     begun = plan(Training(), device="cuda", deterministic=deterministic, fingerprint={"gpu": "one"})
     heard = sets.Heard()
     announce(begun, torch.device("cuda"), heard.reporter, first=begun)
     announce(begun, torch.device("cuda"), heard.reporter)
     assert [said.exact for said in heard.of(Planned)] == [deterministic, True]
     assert [event.data["differs"] for event in heard.of(Event)] == ([differs] if differs else [])
+
+
+def test_after_an_update_of_our_own_code_it_is_not_exact_but_finds_what_is_kept(
+    paused: tuple[Order, Planned, str], coloured: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, planned, checkpoint = paused
+    shelf = Path(first.cache) / "shelf"
+    decoded = {path.name for path in shelf.glob("images-*")}
+    monkeypatch.setattr(sources, "digest", lambda: "another")
+    order = sets.order(
+        first.spec, coloured, tmp_path, plan=planned.plan, attempt=2, checkpoint=checkpoint, cache=first.cache
+    )  # fmt: skip
+    heard, _ = sets.finished(order)
+    assert (heard.of(Planned)[0].exact, heard.of(Planned)[0].fingerprint["engine"]) == (False, "another")
+    (event,) = [event for event in heard.of(Event) if event.code == "resume.inexact"]
+    assert event.data["differs"] == ["engine"]
+    assert decoded
+    assert {path.name for path in shelf.glob("images-*")} == decoded
 
 
 def test_what_the_plan_asks_of_a_machine_that_cannot_do_it_is_done_otherwise_and_said(

@@ -7,6 +7,7 @@ import pytest
 
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
+from worker import sources
 from worker.parts import choices, machine, tuning
 from worker.parts.machine import Hardware
 from worker.parts.taken_over import taken_over
@@ -177,6 +178,8 @@ def test_this_machine_can_be_looked_at() -> None:
     found = machine.fingerprint("cpu")
     assert found == machine.fingerprint("cpu")
     assert {"torch", "processor", "instructions"} <= set(found)
+    assert "engine" not in found, "or every update would throw away what is kept under it"
+    assert machine.provenance("cpu") == {**found, "engine": sources.digest()}
 
 
 def test_what_this_machine_cannot_do_is_done_otherwise_and_has_its_reason() -> None:

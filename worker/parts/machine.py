@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 import torchvision
 
+from worker import sources
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -82,8 +84,16 @@ def keep_freed_memory() -> None:
 _MALLOC = {-3: 32 * 2**20, -1: 2**31 - 1, -2: 64 * 2**20}
 
 
+def provenance(device: str) -> dict[str, Any]:
+    """Describe what the bits of a run depend on beside its plan: this machine, and this version of our own code."""
+    return {**fingerprint(device), "engine": sources.digest()}
+
+
 def fingerprint(device: str) -> dict[str, Any]:
-    """Describe what the bits of a run depend on beside its plan."""
+    """Describe the machine as far as bits and speeds depend on it; what is kept for later jobs is kept under this.
+
+    Our own code is not in it, or every update would throw away decoded images, features and measurements.
+    """
     found: dict[str, Any] = {
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),

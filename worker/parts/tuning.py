@@ -28,7 +28,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str  # cpu or cuda; which one of several does not matter
-    fingerprint: dict[str, Any] = {}  # of the machine where the run began: what the bits depend on beside the plan
+    fingerprint: dict[str, Any] = {}  # of where the run began: what the bits depend on beside the plan
     world_size: int = 1
     threads: int
     precision: Precision

@@ -13,9 +13,8 @@ from typing import Any
 
 import structlog
 
-import app.domain
-import worker
 from app.domain.errors import SystemFault
+from worker import sources
 from worker.supervisor.environment import clean_environment
 from worker.supervisor.server import Published, Server, Trainer
 
@@ -213,9 +212,7 @@ def _ordered(server: Server, request: dict[str, Any], check: Callable[[], None])
 def code_signature() -> object:
     """Say which code is on disk: a trainer must not run what was there an hour ago."""
     found: dict[Path, int] = {}
-    for package in (worker, app.domain):
-        for path in Path(package.__path__[0]).rglob("*"):
-            if path.suffix in (".py", ".json"):
-                with contextlib.suppress(OSError):
-                    found[path] = path.stat().st_mtime_ns
+    for _, path in sources.files():
+        with contextlib.suppress(OSError):
+            found[path] = path.stat().st_mtime_ns
     return found

@@ -13,7 +13,7 @@ def announce(plan: Plan, device: torch.device, reporter: Reporter, *, first: Pla
     Args:
         first: the plan under which was computed what this attempt goes on from.
     """
-    found, differs = machine.fingerprint(device.type), list[str]()
+    found, differs = machine.provenance(device.type), list[str]()
     if first is not None:
         differs = sorted(key for key in {*found, *first.fingerprint} if first.fingerprint.get(key) != found.get(key))
         # Without `deterministic` two runs on one and the same GPU differ as well.

@@ -66,7 +66,7 @@ def run(order: Order, reporter: Reporter) -> Finished:
     hardware = machine.look(device.type, threads)
     plan = taken_over(given, work.family, hardware) if given is not None else tuning.resolve(
         spec.training.model_copy(update={"epochs": 1, "steps": None}), work, hardware,
-        mean=normal[0], std=normal[1], fingerprint=machine.fingerprint(device.type),
+        mean=normal[0], std=normal[1], fingerprint=machine.provenance(device.type),
     )  # fmt: skip
     announce(plan, device, reporter, first=given)
     compute.settle(plan)

@@ -76,8 +76,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     check_family(recipe, network)
     size, channels = network.image_size, network.channels
     hardware = machine.look(device.type, order.threads)
-    fingerprint = machine.fingerprint(device.type)
-    measured = memo.read(Path(order.cache), device.type, fingerprint) if plan is None else None
+    measured = memo.read(Path(order.cache), device.type, machine.fingerprint(device.type)) if plan is None else None
     family = network.facts["family"]
     threads = plan.threads if plan is not None else tuning.thread_count(family, size, hardware, measured)[0]
     torch.set_num_threads(threads)
@@ -122,7 +121,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
                 min_batch=recipe.requires.min_batch,
                 pretrained=network.pretrained,
             ),
-            hardware, mean=mean, std=std, processes=processes, memo=measured, fingerprint=fingerprint,
+            hardware, mean=mean, std=std, processes=processes, memo=measured,
+            fingerprint=machine.provenance(device.type),
             cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
         )  # fmt: skip
         plan = _with_views(plan, objective, data, shelf, reporter)
