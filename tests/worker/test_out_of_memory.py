@@ -68,6 +68,38 @@ def test_a_run_whose_memory_ran_out_on_the_way_does_not_end_with_the_same_bits(
     assert event.data["differs"] == ["accumulate"]
 
 
+def test_killed_between_the_smaller_micro_batch_and_its_first_checkpoint_the_run_goes_on_with_it(
+    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hungry = Hungry(monkeypatch, most=16)
+    body = sets.spec(training={"checkpoint_every": 3})
+    first, planned, saved = sets.order(body, digits, tmp_path / "one"), list[Planned](), list[Saved]()
+
+    def die(message: object) -> None:
+        if isinstance(message, Saved):
+            saved.append(message)
+            hungry.most = 8
+        if isinstance(message, Planned):
+            planned.append(message)
+            if len(planned) == 2:
+                raise sets.Killed
+
+    with pytest.raises(sets.Killed):
+        sets.carry_out(first, die)
+    assert ([each.plan["accumulate"] for each in planned], len(saved)) == ([1, 2], 1)
+    hungry.sizes.clear()
+    later = sets.order(
+        body, digits, tmp_path / "two", plan=planned[1].plan, attempt=2,
+        checkpoint=str(Path(first.scratch) / saved[0].file),
+    )  # fmt: skip
+    heard, _ = sets.finished(later)
+    assert [(message.plan["accumulate"], message.exact) for message in heard.of(Planned)] == [(2, False)]
+    assert set(hungry.sizes) == {8}
+    assert "memory.micro_batch_halved" not in heard.codes(), "it is not found out a second time"
+    (event,) = [event for event in heard.of(Event) if event.code == "resume.inexact"]
+    assert event.data["differs"] == ["accumulate"]
+
+
 def test_a_loss_that_couples_its_batch_is_never_split_and_the_fault_names_what_fits(
     digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

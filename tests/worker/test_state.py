@@ -158,7 +158,8 @@ def carry_out(run: Run, folder: Path, *, newest: Path | None = None, seed: int =
     checkpoints = Checkpoints(folder, heard.reporter, newest=newest)
     order = local.local_order(sets.spec(), None, folder, folder, threads=1)
     first = run.plan().model_copy(update=run.first_plan).model_dump(mode="json")
-    planned = run.plan() if newest is None else training.plan_of(order.model_copy(update={"plan": first}), checkpoints)
+    order = order.model_copy(update={"plan": first})
+    planned = run.plan() if newest is None else training.plans_of(order, checkpoints)[1]
     module = run.build(seed)
     with running_clock(run.build is Slow):
         result = loop.train(

@@ -10,7 +10,7 @@ from app.domain.spec import Optimizer, Training
 from worker import sources
 from worker.parts import choices, machine, tuning
 from worker.parts.machine import Hardware
-from worker.parts.taken_over import taken_over
+from worker.parts.taken_over import latest, taken_over
 from worker.parts.tuning import Plan, Workload
 
 pytestmark = pytest.mark.unit
@@ -204,3 +204,16 @@ def test_what_this_machine_would_merely_not_have_chosen_stays() -> None:
     assert taken_over(half, "convolutional", replace(GPU, compiler=False)) == half
     assert taken_over(half, "convolutional", AMD).device == "cpu"
     assert taken_over(begun, "convolutional", GPU).device == "cuda"
+
+
+def test_the_plan_that_came_last_is_the_one_that_spares_more_memory() -> None:
+    begun = resolve()
+    halved, twice = (begun.model_copy(update=each) for each in ({"accumulate": 2}, {"checkpoint_activations": True}))
+    for later in (halved, twice):
+        assert latest(later, begun) is later, "committed after memory ran out, before the next checkpoint"
+        assert latest(begun, later) is later
+    elsewhere = begun.model_copy(update={"precision": "float32"})
+    assert latest(begun, elsewhere) is elsewhere, "the checkpoint's is how the run computed last"
+    assert latest(None, begun) is begun
+    assert latest(begun, None) is begun
+    assert latest(None, None) is None

@@ -1,10 +1,26 @@
-"""The plan of a run that goes on: what of it this machine has to do otherwise."""
+"""The plan of a run that goes on: which one counts, and what of it this machine has to do otherwise."""
 
 from typing import Any
 
 from worker.parts import choices
 from worker.parts.machine import Hardware
 from worker.parts.tuning import Plan
+
+
+def latest(committed: Plan | None, saved: Plan | None) -> Plan | None:
+    """Choose between the plan that is committed for a job and that of its checkpoint.
+
+    The checkpoint's is how the run computed last, on whatever machine that was. The committed one is later only after
+    memory ran out: it is committed before the first step under it, and the next checkpoint may never have come.
+    """
+    if committed is None or saved is None:
+        return committed or saved
+    return committed if _spared(committed) > _spared(saved) else saved
+
+
+def _spared(plan: Plan) -> tuple[int, bool]:
+    """Measure how far a plan goes to spare memory; within a run that only grows (trainer/trouble.py)."""
+    return plan.accumulate, plan.checkpoint_activations
 
 
 def taken_over(plan: Plan, family: str, hardware: Hardware) -> Plan:

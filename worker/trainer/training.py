@@ -14,6 +14,7 @@ from worker.loop import Result
 from worker.parts import compute, distributed
 from worker.parts.export import Card, export
 from worker.parts.memory import is_out_of_memory, not_training
+from worker.parts.taken_over import latest
 from worker.parts.tuning import Plan
 from worker.report import Finished, MadeModel, Metrics, Order, Reporter
 from worker.ticker import Ticker
@@ -27,7 +28,7 @@ def train(order: Order, reporter: Reporter) -> Finished:
     """Train as ordered; after running out of memory in a way that takes less, from the last checkpoint."""
     newest = Path(order.checkpoint) if order.checkpoint else None
     checkpoints = Checkpoints(Path(order.scratch), reporter, newest=newest)
-    first = plan = plan_of(order, checkpoints)
+    first, plan = plans_of(order, checkpoints)
     while True:
         made = assemble(order, reporter, plan=plan)
         plan = made.plan
@@ -83,12 +84,14 @@ def follow(told: ranks.Told, ready: Callable[[], None], give_up: Callable[[JobFa
         give_up(translated(error, reporter))
 
 
-def plan_of(order: Order, checkpoints: Checkpoints) -> Plan | None:
-    """Give the plan to use again: the checkpoint's, which may have been halved since the first attempt's."""
+def plans_of(order: Order, checkpoints: Checkpoints) -> tuple[Plan | None, Plan | None]:
+    """Give the plan under which was computed what there is, by which exactness is judged, and the one to go on with."""
+    committed = Plan.model_validate(order.plan) if order.plan is not None else None
     saved = checkpoints.load()
-    if saved is not None:
-        return Plan.model_validate(saved.state["plan"])
-    return Plan.model_validate(order.plan) if order.plan is not None else None
+    if saved is None:
+        return committed, committed
+    before = Plan.model_validate(saved.state["plan"])
+    return before, latest(committed, before)
 
 
 def _finish(made: Assembly, result: Result, order: Order, reporter: Reporter) -> Finished:
