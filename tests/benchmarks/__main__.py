@@ -84,7 +84,7 @@ def measure(
                 failed.append((each.name, f"{type(error).__name__}: {error}"))
                 progress.console.print(f"{each.name} failed: {error}", markup=False)
             if found:
-                rows.append(table.line(each, found, time.monotonic() - began, options=options))
+                rows = table.compared([*rows, table.line(each, found, time.monotonic() - began, options=options)])
                 table.write(rows, out)
             progress.update(task, total=len(found), completed=len(found))
             progress.advance(everything)

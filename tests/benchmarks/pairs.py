@@ -73,6 +73,9 @@ class Workload:
     quality
         What the pairs' `quality` is: an accuracy, of which ours may be half a point below, or a loss, of which it may
         be a hundredth above; spread over seeds aside. Speed alone meets no goal.
+    as_good_as
+        The workload that compares the quality of what is only timed here. Where it is in the same run, both have to
+        meet their goals; where it is not, no goal is met, and the line says that it is fast enough.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Workload:
     limits: tuple[tuple[str, float], ...] = ()  # further goals: names in `more` and what their medians may be at most
     quality: Quality = "accuracy"
     help: str = ""
+    as_good_as: str | None = None
 
     def ratio(self, pair: Pair) -> float:
         """Give the ratio in the direction of the goal."""
@@ -106,6 +110,7 @@ def workload(
     *,
     only_if_asked: bool = False,
     quality: Quality = "accuracy",
+    as_good_as: str | None = None,
     **limits: float,
 ) -> Callable[[Callable[[Bench], Pair | Iterator[Pair]]], Callable[[Bench], Any]]:
     """Enter a function into the table: one that runs one pair for a seed, or one that yields all its pairs."""
@@ -121,7 +126,7 @@ def workload(
 
         said = (run.__doc__ or "").strip().split("\n")[0]
         WORKLOADS.append(
-            Workload(name, unit, goal, compare, pairs, only_if_asked, tuple(limits.items()), quality, said)
+            Workload(name, unit, goal, compare, pairs, only_if_asked, tuple(limits.items()), quality, said, as_good_as)
         )
         return run
 

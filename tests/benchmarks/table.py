@@ -12,6 +12,7 @@ from rich.table import Table
 from tests.benchmarks import shares
 from tests.benchmarks.pairs import Numbers, Pair, Quality, Workload
 
+_COLOURS = {True: "green", False: "red", None: "yellow"}
 POINTS_BELOW, LOSS_ABOVE = 0.5, 0.01  # what ours may be worse where speed is compared; hundredths, and a part
 
 
@@ -41,7 +42,25 @@ def line(workload: Workload, found: Sequence[Pair], seconds: float, *, options: 
     if workload.compare == "quality":
         row["goal"] = {"most_points_below": workload.goal}
     row["met"] = _met(workload, row, found)
-    return row
+    if workload.as_good_as is not None:
+        row |= {"as_good_as": workload.as_good_as, "speed_met": row["met"]}
+    return compared([row])[0]
+
+
+def compared(rows: Sequence[Numbers]) -> list[Numbers]:
+    """Give to every line that is only timed the quality which its own line of this run found.
+
+    Its goal is met where both are. Without that line it is not (false) where it is too slow, and null where it is fast.
+    """
+    known = {row["name"]: row for row in rows}
+    return [_beside(row, known.get(row["as_good_as"])) if "as_good_as" in row else row for row in rows]
+
+
+def _beside(row: Numbers, other: Numbers | None) -> Numbers:
+    if other is None:
+        return {**row, "met": None if row["speed_met"] else False}
+    found = {name: other[name] for name in ("quality", "quality_spread") if name in other}
+    return {**row, **found, "quality_pairs": other["pairs"], "met": row["speed_met"] and other["met"]}
 
 
 def _met(workload: Workload, row: Numbers, found: Sequence[Pair]) -> bool:
@@ -88,7 +107,7 @@ def table(rows: Sequence[Numbers], failed: Sequence[tuple[str, str]], left_out: 
         made.add_column(heading, justify="left" if heading == "workload" else "right", overflow="fold")
     for row in rows:
         ratio = row["ratio"]
-        colour = "green" if row["met"] else "red"
+        colour = _COLOURS[row["met"]]
         sign = ">= " if row["bound"] else ""
         made.add_row(
             row["name"], _number(row["ours"]), _number(row["other"]), row["unit"],
@@ -115,11 +134,12 @@ def _goal(goal: Numbers) -> str:
 
 def _quality(row: Numbers) -> str:
     quality, spread = row["quality"], row.get("quality_spread", {})
+    if not quality and "as_good_as" in row:
+        return f"{'speed met' if row['speed_met'] else 'too slow'}; quality not compared in this run"
     if not quality:
         return ""
-    return " / ".join(
-        f"{quality[side]:.4g}" + (f" ± {spread[side]:.2g}" if row["pairs"] > 1 else "") for side in ("ours", "other")
-    )
+    many = row.get("quality_pairs", row["pairs"]) > 1
+    return " / ".join(f"{quality[side]:.4g}" + (f" ± {spread[side]:.2g}" if many else "") for side in ("ours", "other"))
 
 
 def _number(value: float) -> str:

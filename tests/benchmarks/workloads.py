@@ -28,19 +28,19 @@ def _rate(bench: Bench, architecture: Numbers, batch: int, seconds: float = SECO
     return Pair(fast["samples_per_second"], naive(asked)["samples_per_second"])
 
 
-@workload("finetune_resnet18_32", "samples/s", 6)
+@workload("finetune_resnet18_32", "samples/s", 6, as_good_as="quality_finetune_resnet18_32")
 def finetune_resnet18(bench: Bench) -> Pair:
     """Full fine-tune, torchvision stem, 32 px, standard augmentation."""
     return _rate(bench, {"architecture": "resnet18", "image_size": 32}, 128)
 
 
-@workload("finetune_resnet18_small_stem_32", "samples/s", 1.9)
+@workload("finetune_resnet18_small_stem_32", "samples/s", 1.9, as_good_as="quality_finetune_resnet18_small_stem_32")
 def finetune_small_stem(bench: Bench) -> Pair:
     """Full fine-tune, small stem, 32 px."""
     return _rate(bench, {"architecture": "resnet18", "image_size": 32, "stem": "small"}, 64, 20)
 
 
-@workload("finetune_resnet50_224", "samples/s", 1.9)
+@workload("finetune_resnet50_224", "samples/s", 1.9, as_good_as="quality_finetune_resnet50_64")
 def finetune_resnet50(bench: Bench) -> Pair:
     """Full fine-tune, 224 px."""
     return _rate(bench, {"architecture": "resnet50", "image_size": 224}, 16, 30)
@@ -100,13 +100,13 @@ def _simclr(bench: Bench, architecture: Numbers, seconds: float) -> Pair:
     return Pair(fast["samples_per_second"], naive(asked)["samples_per_second"])
 
 
-@workload("simclr_small_cnn_32", "samples/s", 4)
+@workload("simclr_small_cnn_32", "samples/s", 4, as_good_as="quality_simclr_small_cnn_32")
 def simclr_small(bench: Bench) -> Pair:
     """SimCLR against lightly's transform, head and loss in plain PyTorch."""
     return _simclr(bench, {"architecture": "small_cnn", "image_size": 32}, 20)
 
 
-@workload("simclr_resnet18_small_stem_32", "samples/s", 2.1)
+@workload("simclr_resnet18_small_stem_32", "samples/s", 2.1, as_good_as="quality_simclr_resnet18_small_stem_32")
 def simclr_resnet(bench: Bench) -> Pair:
     """The same with ResNet-18 and the small stem."""
     return _simclr(bench, {"architecture": "resnet18", "image_size": 32, "stem": "small"}, 30)

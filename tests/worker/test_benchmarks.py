@@ -1,5 +1,6 @@
 """The bench measures what it says: the same network on both sides, ratios in the direction of their goals."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.benchmarks import ours, pictures, shares, table
 from tests.benchmarks.naive import small_vgg
 from tests.benchmarks.pairs import Bench, Compare, Pair, Quality, Workload
 from tests.benchmarks.stopwatch import INSIDE, OUTSIDE, REST, Stopwatch
+from tests.benchmarks.workloads import WORKLOADS
 from tests.worker import sets
 from worker import catalogue, checkpoint
 from worker.checkpoint import Checkpoints
@@ -108,6 +110,56 @@ def test_speed_alone_meets_no_goal(quality: Quality, pairs: list[tuple[float, fl
     row = table.line(workload, found, 1.0, options="PAIRS=1 DATA=pictures")
     assert row["met"] is met
     assert row["command"] == "make bench ONLY=one PAIRS=1 DATA=pictures"
+
+
+def fast_and_good(speed: float, mine: float) -> list[Workload]:
+    good = [Pair(mine, 0.8, (mine, 0.8)), Pair(mine, 0.8, (mine, 0.8))]
+    return [
+        Workload("good", "accuracy", 0.5, "quality", lambda bench: iter(good)),
+        Workload("fast", "s", 2, "rate", lambda bench: iter([Pair(speed, 100)]), as_good_as="good"),
+        one("rate", 1, [Pair(2, 1)]),
+    ]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(("speed", "mine", "met"), [(300, 0.8, True), (300, 0.7, False), (100, 0.8, False)])
+def test_what_is_only_timed_meets_its_goal_with_the_line_that_compares_its_quality(
+    speed: float, mine: float, met: bool, backwards: bool, tmp_path: Path
+) -> None:
+    wanted = fast_and_good(speed, mine)[:: -1 if backwards else 1]
+    rows, _ = bench_main.measure(wanted, Bench(tmp_path, tmp_path), tmp_path / "bench.json")
+    assert [row["name"] for row in rows] == [each.name for each in wanted]
+    row = next(row for row in rows if row["name"] == "fast")
+    assert (row["met"], row["speed_met"]) == (met, speed == 300)
+    assert row["quality"] == {"ours": pytest.approx(mine), "other": pytest.approx(0.8)}
+    assert json.loads((tmp_path / "bench.json").read_text()) == rows
+    shown = list(table.table(rows, [], []).columns[-1].cells)
+    assert shown[rows.index(row)] == shown[[each.name for each in wanted].index("good")] == f"{mine:.4g} ± 0 / 0.8 ± 0"
+
+
+@pytest.mark.parametrize(
+    ("speed", "met", "says", "colour"),
+    [(300, None, "speed met; quality not", "yellow"), (100, False, "too slow; quality not", "red")],
+)
+def test_without_the_line_that_compares_its_quality_speed_alone_is_said(
+    speed: float, met: bool | None, says: str, colour: str, tmp_path: Path
+) -> None:
+    _, fast, other = fast_and_good(speed, 0.8)
+    rows, _ = bench_main.measure([fast, other], Bench(tmp_path, tmp_path), tmp_path / "bench.json")
+    assert [row["met"] for row in rows] == [met, True]
+    printed = table.table(rows, [], [])
+    assert next(iter(printed.columns[-1].cells)) == f"{says} compared in this run"
+    assert str(next(iter(printed.columns[4].cells))).startswith(f"[{colour}]")
+
+
+def test_every_training_that_is_only_timed_names_what_compares_its_quality() -> None:
+    known = {each.name: each for each in WORKLOADS}
+    timed = [each for each in WORKLOADS if each.name.startswith(("finetune_", "simclr_"))]
+    assert len(timed) == 5
+    for each in timed:
+        assert each.as_good_as is not None, each.name
+        assert known[each.as_good_as].compare == "quality", each.name
+        assert WORKLOADS.index(known[each.as_good_as]) < WORKLOADS.index(each), each.name
 
 
 def test_accuracies_of_random_pictures_are_refused() -> None:
