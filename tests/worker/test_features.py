@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from app.domain.datasets import DatasetFacts
+from app.domain.errors import ResourceFault
 from tests.worker import sets
 from worker import ticker
 from worker.data import features, rows
 from worker.data.features import Features, cache_prefix
-from worker.data.shelf import Shelf
+from worker.data.shelf import Entry, Shelf
 from worker.parts import machine
 from worker.report import Event, Order, Planned, Progress, Reporter
 from worker.trainer.assembly import Assembly, assemble
@@ -214,6 +216,105 @@ def test_without_room_the_plan_says_so_before_it_is_committed_and_another_host_w
     assert sets.weights_sha256(roomy) == sets.weights_sha256(cramped)
 
 
+def entries(order: Order) -> dict[str, int]:
+    """Weigh what is on the shelf of an order."""
+    kept = (Path(order.cache) / "shelf").glob("[!.]*")
+    return {folder.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in kept}
+
+
+def in_use(order: Order, name: str, size: int = 0) -> Entry:
+    """Use an entry of an order's shelf as another job would, one of this size where there is none."""
+    folder = Path(order.cache) / "shelf"
+    sizes = {file.name: file.stat().st_size for file in (folder / name).glob("*")} or {"x": size}
+    return Shelf(folder, order.cache_bytes).get(name, sizes, lambda _: None)
+
+
+def test_where_running_jobs_use_the_room_nothing_is_planned_to_be_cached(digits: DatasetFacts, tmp_path: Path) -> None:
+    roomy = frozen(tmp_path / "roomy", digits)
+    sets.finished(roomy)
+    needed = sum(entries(roomy).values())
+    cramped = frozen(tmp_path / "cramped", digits, cache_bytes=needed + 99)
+    other = in_use(cramped, "other", 100)
+    heard, _ = sets.finished(cramped)
+    (planned,) = heard.of(Planned)
+    assert planned.plan["prefix_views"] == 0
+    assert "100 B of it in use by running jobs" in planned.plan["reasons"]["prefix_views"]
+    del other
+    heard, _ = sets.finished(cramped)
+    assert heard.of(Planned)[0].plan["prefix_views"] == 4, "what nobody uses makes room"
+
+
+def test_features_that_another_job_reads_need_no_room_of_their_own(digits: DatasetFacts, tmp_path: Path) -> None:
+    first = frozen(tmp_path, digits)
+    sets.finished(first)
+    kept = entries(first)
+    readers = [in_use(first, name) for name in kept]
+    heard, _ = sets.finished(frozen(tmp_path, digits, cache_bytes=sum(kept.values())))
+    (event,) = [event for event in heard.of(Event) if event.code == "features.cached"]
+    assert event.data["found"]
+    assert len(readers) == 4, "images of two splits, features of training and validation"
+
+
+def filled_up(order: Order) -> Callable[[Any], None]:
+    """Give what lets another job use nearly all that is left of the shelf, as soon as a plan is committed."""
+    others: list[Entry] = []
+
+    def listen(message: Any) -> None:
+        if isinstance(message, Planned) and not others:
+            left = order.cache_bytes - sum(entries(order).values())
+            others.append(in_use(order, "other", left - 100))
+
+    return listen
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_a_run_whose_room_is_gone_when_it_begins_goes_on_without_a_cache_and_says_so(
+    attempt: int, digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = frozen(tmp_path / "never", digits, cache_bytes=100)
+    sets.finished(never)
+    order = frozen(tmp_path / "late", digits, cache_bytes=10**6)
+    if attempt == 2:  # the first one ended before its first checkpoint
+        order = order.model_copy(update={"plan": assemble(order, Reporter()).plan.model_dump(mode="json")})
+        order = order.model_copy(update={"attempt": 2})
+    monkeypatch.setattr(rows, "MEMORY_PART", 10**30)
+    heard, _ = sets.finished(order, filled_up(order))
+    before, after = heard.of(Planned)
+    assert (before.plan["prefix_views"], after.plan["prefix_views"]) == (4, 0)
+    assert {**before.plan, "prefix_views": 0, "reasons": after.plan["reasons"]} == after.plan
+    (event,) = [event for event in heard.of(Event) if event.code == "features.not_cached"]
+    assert heard.messages.index(before) < heard.messages.index(event) < heard.messages.index(after)
+    assert heard.messages.index(after) < next(place for place, message in enumerate(heard.messages)
+                                              if getattr(message, "code", "") == "train.first_step")  # fmt: skip
+    why = after.plan["reasons"]["prefix_views"]
+    assert why in event.message
+    assert "of it in use by running jobs" in why
+    assert event.data["bytes"] > 100
+    assert (before.exact, after.exact) == (True, attempt == 1), "the second attempt was promised cached views"
+    assert sets.weights_sha256(order) == sets.weights_sha256(never)
+
+
+def test_what_is_measured_goes_on_without_a_cache_too(
+    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = frozen(tmp_path, digits, cache_bytes=10**6, recipe="measure", kind="internal")
+    monkeypatch.setattr(rows, "MEMORY_PART", 10**30)
+    heard, last = sets.finished(order, filled_up(order))
+    assert [planned.plan["prefix_views"] for planned in heard.of(Planned)] == [4, 0]
+    assert last.result is not None
+    assert last.result["plan"]["prefix_views"] == 0
+
+
+def test_each_process_of_a_run_holds_its_part_of_the_memory(
+    made: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = cached(made, tmp_path).values.nbytes + 8
+    monkeypatch.setattr(machine, "memory_bytes", lambda: needed * rows.MEMORY_PART)
+    assert not cached(made, tmp_path / "none", budget=0).found
+    with pytest.raises(ResourceFault, match="are to be kept on disk"):
+        cached(made, tmp_path / "none", budget=0, plan=made.plan.model_copy(update={"world_size": 2}))
+
+
 def test_a_later_attempt_without_room_computes_what_the_plan_says(
     digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +328,10 @@ def test_a_later_attempt_without_room_computes_what_the_plan_says(
     heard, _ = sets.finished(cramped)
     assert heard.of(Planned)[0].exact
     assert sets.weights_sha256(cramped) == sets.weights_sha256(whole), "its views are held in memory"
+    (told,) = [event for event in heard.of(Event) if event.code == "features.cached"]
+    left = 9 - 20 // planned.plan["steps_per_epoch"]
+    assert 4 < left < 9
+    assert f"{left - 4} of the {left} passes that are still to come are saved" in told.message
     monkeypatch.setattr(rows, "MEMORY_PART", 10**30)
     _, last = sets.failed(frozen(tmp_path / "small", digits, cache_bytes=100, **given))
     assert (last.error.fault, last.error.code) == ("resource", "disk_full")
@@ -236,8 +341,7 @@ def test_a_later_attempt_without_room_computes_what_the_plan_says(
 def test_images_and_features_share_one_budget(digits: DatasetFacts, tmp_path: Path) -> None:
     order = frozen(tmp_path, digits)
     sets.finished(order)
-    kept = {path.name: sum(file.stat().st_size for file in path.iterdir())
-            for path in (Path(order.cache) / "shelf").glob("[!.]*")}  # fmt: skip
+    kept = entries(order)
     assert {name.partition("-")[0] for name in kept} == {"images", "features"}
     budget = sum(kept.values()) - 1
     heard, _ = sets.finished(frozen(tmp_path / "less", digits, cache_bytes=budget))
@@ -255,8 +359,8 @@ def test_the_event_says_what_the_cache_cost_and_what_it_saves(digits: DatasetFac
     assert found.data["seconds_spent"] == 0
     assert found.data["seconds_saved"] > made.data["seconds_saved"] > 0
     assert ("computed in" in made.message, "found, computed before" in found.message) == (True, True)
-    assert "5 of 9 passes of the whole run are saved" in made.message
-    assert "9 of 9 passes of the whole run are saved" in found.message
+    assert "5 of the 9 passes that are still to come are saved" in made.message
+    assert "9 of the 9 passes that are still to come are saved" in found.message
 
 
 def test_what_is_saved_is_what_a_pass_took_times_the_passes_that_are_not_made() -> None:
@@ -268,8 +372,10 @@ def test_what_is_saved_is_what_a_pass_took_times_the_passes_that_are_not_made() 
     features.tell(one(4, 8.0, found=False), one(1, 0.5, found=False), 10, heard.reporter)
     features.tell(one(4, 8.0, found=True), None, 10, heard.reporter)
     features.tell(one(1, 8.0, found=False), None, 1, heard.reporter)
+    features.tell(one(4, 8.0, found=False), one(1, 0.5, found=True), 1, heard.reporter)
     told = [(event.data["seconds_spent"], event.data["seconds_saved"]) for event in heard.of(Event)]
-    assert told == [(8.5, 6 * 2.0 + 9 * 0.5), (0.0, 20.0), (8.0, 0.0)]
+    assert told == [(8.5, 6 * 2.0 + 9 * 0.5), (0.0, 20.0), (8.0, 0.0), (8.0, 0.5)]
+    assert "that took 3 passes more than the 1 still to come" in heard.of(Event)[-1].message
 
 
 def test_a_digest_follows_the_weights() -> None:

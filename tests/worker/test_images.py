@@ -153,11 +153,16 @@ def test_a_cache_that_was_cut_short_is_made_anew(name: str, facts: DatasetFacts,
     assert all(torch.equal(value, before[key]) for key, value in again.batch(torch.arange(12)).items())
 
 
-def test_what_a_run_maps_survives_its_removal(facts: DatasetFacts, tmp_path: Path) -> None:
+def test_what_a_run_maps_stays_on_the_shelf_and_even_its_removal_changes_nothing(
+    facts: DatasetFacts, tmp_path: Path
+) -> None:
     found, _ = opened(facts, tmp_path)
     before = found.batch(torch.arange(12))["image"].clone()
-    Shelf(tmp_path / "shelf", 10**6).get("other", {"x": 10**6}, lambda _: None)
-    assert [path.name for path in (tmp_path / "shelf").glob("[!.]*")] == ["other"]
+    (kept,) = (tmp_path / "shelf").glob("[!.]*")
+    with pytest.raises(shelf.NoRoom, match="in use by running jobs"):
+        Shelf(tmp_path / "shelf", 10**6).get("other", {"x": 10**6}, lambda _: None)
+    assert [path.name for path in (tmp_path / "shelf").glob("[!.]*")] == [kept.name]
+    shutil.rmtree(kept)
     assert torch.equal(found.batch(torch.arange(12))["image"], before)
 
 

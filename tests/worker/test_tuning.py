@@ -1,5 +1,6 @@
 """What `auto` comes to."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
-from worker import sources
+from worker import cgroup, sources
 from worker.parts import choices, machine, tuning
 from worker.parts.machine import Hardware
 from worker.parts.taken_over import latest, taken_over
@@ -217,3 +218,10 @@ def test_the_plan_that_came_last_is_the_one_that_spares_more_memory() -> None:
     assert latest(None, begun) is begun
     assert latest(begun, None) is begun
     assert latest(None, None) is None
+
+
+def test_a_limit_on_memory_counts_as_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit, memory in ((None, host), (10**6, 10**6), (host + 1, host)):
+        monkeypatch.setattr(cgroup, "memory_bytes", lambda limit=limit: limit)
+        assert machine.memory_bytes() == machine.look("cpu", 1).memory_bytes == memory

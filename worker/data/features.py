@@ -2,13 +2,15 @@
 
 import hashlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from worker.data.rows import Array, cached_rows, total_bytes
+from app.domain.errors import ResourceFault
+from worker.data.rows import Array, cached_rows
 from worker.data.shelf import Shelf, entry_key
 from worker.data.source import Data, Source, ahead, in_order
 from worker.disk import amount
@@ -61,28 +63,47 @@ class Features:
 
 
 def choose_views(
-    prefix: nn.Module, data: Data, plan: Plan, *, augmented: bool, shelf: Shelf, beside: Collection[str],
+    plan: Plan, wanted: Callable[[int], Mapping[str, int]], *, augmented: bool, shelf: Shelf, beside: Collection[str],
     reporter: Reporter,
 ) -> tuple[int, str]:  # fmt: skip
     """Say how many views of each sample are cached, and why; 0 is no cache.
 
     Args:
+        wanted: gives the names of the entries that so many views would be, and their bytes.
         beside: the entries of the shelf that the run reads as well.
     """
     if augmented and plan.epochs <= 2 * VIEWS:
         return 0, f"{VIEWS} views of each sample would cost {VIEWS} passes, and there are only {plan.epochs} epochs"
     views = VIEWS if augmented else 1
-    shape = _shape(prefix, plan, torch.device("cpu"))
-    needed = total_bytes(_arrays(views, len(data.train), shape))
-    if data.validation is not None:
-        needed += total_bytes(_arrays(1, len(data.validation), shape))
-    short = shelf.shortage(needed, beside=beside)
+    entries, tick, waits = wanted(views), Ticker(reporter, "features"), count(1)
+    short = shelf.shortage(entries, beside=beside, waiting=lambda: tick(next(waits)))
     if short is not None:
-        why = f"what the frozen layers give would take {amount(needed)}, and {short}"
-        reporter.event("features.not_cached", f"The frozen layers run in every epoch: {why}.", bytes=needed)
-        return 0, why
+        needed = sum(entries.values())
+        return 0, _not_cached(f"what the frozen layers give would take {amount(needed)}, and {short}", needed, reporter)
     times = "once" if views == 1 else f"{views} times"
     return views, f"the frozen layers run {times} over each sample, not in every epoch"
+
+
+def without_views(plan: Plan, needed: int, fault: ResourceFault, reporter: Reporter) -> Plan:
+    """Give the plan of a run whose cache found no room after all."""
+    why = f"what the frozen layers give found no room when it was computed: {fault.message.rstrip('.')}"
+    why = _not_cached(why, needed, reporter)
+    return plan.model_copy(update={"prefix_views": 0, "reasons": {**plan.reasons, "prefix_views": why}})
+
+
+def _not_cached(why: str, needed: int, reporter: Reporter) -> str:
+    reporter.event("features.not_cached", f"The frozen layers run in every epoch: {why}.", bytes=needed)
+    return why
+
+
+def entry_of(
+    source: Source, prefix: nn.Module, *, views: int, seed: int, augmented: bool, plan: Plan, device: torch.device,
+    key: Sequence[object],
+) -> tuple[str, dict[str, Array]]:  # fmt: skip
+    """Name the entry of what a prefix gives for every row, and say what is in it; arguments as for `cache_prefix`."""
+    arrays = _arrays(views, len(source), _shape(prefix, plan, device))
+    drawn = seed if augmented else None
+    return key_of(prefix, plan, device, batch_size(plan), views, drawn, arrays["values"].shape, *key), arrays
 
 
 def cache_prefix(
@@ -97,9 +118,10 @@ def cache_prefix(
     Raises:
         ResourceFault: there is room for it neither on disk nor in memory.
     """
-    prefix.eval()
     size, rows = batch_size(plan), len(source)
-    arrays = _arrays(views, rows, _shape(prefix, plan, device))
+    name, arrays = entry_of(
+        source, prefix, views=views, seed=seed, augmented=augmented, plan=plan, device=device, key=key
+    )  # fmt: skip
     tick = Ticker(reporter, "features")
 
     def fill(arrays: dict[str, Tensor]) -> None:
@@ -124,32 +146,33 @@ def cache_prefix(
                     tick(view * rows + start, views * rows)
         arrays["seconds"][0] = time.monotonic() - began
 
-    drawn = seed if augmented else None
-    name = key_of(prefix, plan, device, size, views, drawn, arrays["values"].shape, *key)
-    found, made = cached_rows(shelf, name, arrays, fill, tick)
+    found, made = cached_rows(shelf, name, arrays, fill, tick, processes=plan.world_size)
     return Features(found["values"], source, found["seconds"].item(), found=not made)
 
 
 def tell(train: Features, validation: Features | None, epochs: int, reporter: Reporter) -> None:
-    """Report what the cache cost this run, and how long it spares it."""
+    """Report what the cache costs this attempt, and how long it spares it in the epochs that are still to come."""
     spent = saved = 0.0
     for each in (train, validation):
         if each is not None:
             spent += 0.0 if each.found else each.seconds
-            saved += each.seconds / len(each.values) * _avoided(each, epochs)
+            saved += each.seconds / len(each.values) * max(0, _avoided(each, epochs))
     how = "was found, computed before" if train.found else f"was computed in {spent:.1f} s"
+    passes = _avoided(train, epochs)
+    that = f"{passes} of the {epochs} passes that are still to come are saved, about {saved:.1f} s"
+    if passes < 0:
+        that = f"that took {-passes} passes more than the {epochs} still to come, and the run goes on as it began"
     reporter.event(
         "features.cached",
-        f"What the frozen layers give for {len(train)} samples ({len(train.values)} views each) {how}: "
-        f"{_avoided(train, epochs)} of {epochs} passes of the whole run are saved, about {saved:.1f} s.",
+        f"What the frozen layers give for {len(train)} samples ({len(train.values)} views each) {how}: {that}.",
         views=len(train.values), samples=len(train), found=train.found, seconds_spent=round(spent, 3),
         seconds_saved=round(saved, 3),
     )  # fmt: skip
 
 
 def _avoided(cached: Features, epochs: int) -> int:
-    """Count the passes over the samples that a run of so many epochs is spared."""
-    return max(0, epochs - (0 if cached.found else len(cached.values)))
+    """Count the passes over the samples that so many epochs are spared; below 0 computing took more."""
+    return epochs - (0 if cached.found else len(cached.values))
 
 
 def key_of(network: nn.Module, plan: Plan, device: torch.device, *more: object) -> str:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 
 from app.domain.errors import ResourceFault
-from worker.data.shelf import NoRoom, Shelf
+from worker.data.shelf import Entry, NoRoom, Shelf
 from worker.disk import amount
 from worker.parts import machine
 
-MEMORY_PART = 4  # what has no room on the shelf may take this part of the host's memory
+MEMORY_PART = 4  # what has no room on the shelf may take this part of the memory, all processes of a run together
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def total_bytes(arrays: Mapping[str, Array]) -> int:
 
 def cached_rows(
     shelf: Shelf, key: str, arrays: Mapping[str, Array], fill: Callable[[dict[str, Tensor]], None],
-    tick: Callable[[int], None],
+    tick: Callable[[int], None], *, processes: int = 1,
 ) -> tuple[dict[str, Tensor], bool]:  # fmt: skip
     """Give the arrays of an entry, mapped from disk, and whether `fill` had to make them.
 
@@ -48,6 +47,7 @@ def cached_rows(
 
     Args:
         tick: a sign of life while another process makes them; called with a number that grows.
+        processes: of this run, each of which would hold them in its own memory.
 
     Raises:
         ResourceFault: there is no room on the disk, nor in memory.
@@ -56,7 +56,7 @@ def cached_rows(
         return mapped_rows(shelf, key, arrays, fill, tick)
     except NoRoom as short:
         needed = total_bytes(arrays)
-        if needed > machine.look("cpu", 1).memory_bytes // MEMORY_PART:
+        if needed > machine.memory_bytes() // MEMORY_PART // processes:
             raise ResourceFault(
                 f"{amount(needed)} are to be kept on disk, and {short}.", code="disk_full",
                 hint="Free space on the worker, or change TUNEYARD_CACHE_BYTES, then /retry.",
@@ -81,15 +81,16 @@ def mapped_rows(
 
     waits = count(1)
     sizes = {name: array.nbytes for name, array in arrays.items()}
-    while True:
-        folder, anew = shelf.get(key, sizes, make, waiting=lambda: tick(next(waits)))
-        with suppress(FileNotFoundError):  # who needed room removed it in this very moment
-            # Copy on write: torch wants memory that could be written, and nobody ever writes.
-            return {name: _mapped(folder / name, array, "c") for name, array in arrays.items()}, anew
+    entry = shelf.get(key, sizes, make, waiting=lambda: tick(next(waits)))
+    # Copy on write: torch wants memory that could be written, and nobody ever writes.
+    return {name: _mapped(entry.folder / name, array, "c", entry) for name, array in arrays.items()}, entry.made
 
 
-def _mapped(path: Path, array: Array, mode: Literal["c", "r+"]) -> Tensor:
+def _mapped(path: Path, array: Array, mode: Literal["c", "r+"], entry: Entry | None = None) -> Tensor:
+    """Map an array from a file; the entry that it belongs to is in use as long as anything reads that memory."""
     if not array.nbytes:
         return torch.empty(array.shape, dtype=array.dtype)
     mapped = np.memmap(path, np.uint8, mode, shape=(array.nbytes,))
+    if entry is not None:
+        entry.lasts_with(mapped)
     return torch.from_numpy(mapped).view(array.dtype).view(array.shape)

@@ -1,9 +1,10 @@
 """Derived data on disk that can always be made again: decoded images, features of a frozen prefix.
 
 An entry is a folder of files that appears complete, by one rename. All jobs of a host share the shelf and its budget;
-who wants what another is just making waits for it. When the budget is full, what was not used for longest goes first.
-What is being made has its whole size from its first moment, so it counts as well; what a dead process was making goes
-as soon as anybody looks, because its lock went with it.
+who wants what another is just making waits for it. When the budget is full, what was not used for longest goes first,
+and what is in use stays: whoever maps it would keep its bytes on the disk, whatever its folder looks like. What is
+being made has its whole size from its first moment, so it counts as well; what a dead process was making goes as soon
+as anybody looks, and what it used is free, because its locks went with it.
 """
 
 import contextlib
@@ -12,8 +13,10 @@ import hashlib
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from worker.disk import amount, is_full, sync
@@ -38,48 +41,71 @@ def shelf_of(order: Order) -> "Shelf":
     return Shelf(Path(order.cache) / FOLDER, order.cache_bytes)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """An entry in use: it stays on the shelf as long as this object, or what was said to last with it, is there."""
+
+    folder: Path
+    made: bool  # only now; else it was found
+    lock: int  # the descriptor of the folder with a shared lock on it, which no process inherits and none outlives
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, os.close, self.lock)
+
+    def lasts_with(self, reader: object) -> None:
+        """Leave the entry in use as long as `reader` is there."""
+        weakref.finalize(reader, os.close, os.dup(self.lock))  # a lock is held until its last descriptor is closed
+
+
 class Shelf:
     """One folder of entries under a budget in bytes."""
 
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self._folder, self._budget = folder, budget_bytes
 
-    def shortage(self, needed_bytes: int, *, beside: Collection[str] = ()) -> str | None:
-        """Say which limit leaves no room for an entry, were there nothing else but those `beside` it; None: neither."""
+    def shortage(
+        self, wanted: Mapping[str, int], *, beside: Collection[str] = (), waiting: Callable[[], None] = lambda: None
+    ) -> str | None:
+        """Say which limit leaves no room for entries of these sizes; None: neither.
+
+        What is on the shelf already takes no room; what nobody uses leaves its own.
+
+        Args:
+            beside: entries that are read together with them.
+            waiting: as in `get`.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
-        sizes = {path.name: _size(path) for path in self._folder.iterdir()}
-        kept = sum(sizes.get(each, 0) for each in beside)
-        if needed_bytes + kept > self._budget:
-            others = f", {amount(kept)} of it for what is read with it" if kept else ""
-            return f"TUNEYARD_CACHE_BYTES allows {amount(self._budget)}{others}"
-        left = shutil.disk_usage(self._folder).free + sum(sizes.values()) - kept - FREE_FLOOR_BYTES
-        if needed_bytes > left:
-            return (
-                f"the worker's disk has room for {amount(max(left, 0))} (TUNEYARD_CACHE_BYTES would allow "
-                f"{amount(self._budget)})"
-            )
-        return None
+        with self._locked("room", waiting), self._unused() as unused:
+            spare = {entry.name for _, _, entry in unused}
+            sizes = {path.name: _size(path) for path in self._folder.iterdir()}
+            there = {key for key, size in wanted.items() if sizes.get(key) == size}
+            needed = sum(size for key, size in wanted.items() if key not in there)
+            if not needed:
+                return None
+            near = there | set(beside)
+            kept = sum(sizes.get(key, 0) for key in near)
+            used = sum(size for key, size in sizes.items() if not key.startswith(".") and key not in spare | near)
+            to_come = sum(sizes.values()) - kept - used  # with what is being made, which may be the very same
+            return self._limit(needed, used=used, kept=kept, to_come=to_come)
 
     def get(
         self, key: str, sizes: Mapping[str, int], make: Callable[[Path], None], *,
         waiting: Callable[[], None] = lambda: None,
-    ) -> tuple[Path, bool]:  # fmt: skip
-        """Give the entry's folder, and whether `make(folder)` had to make it: its files have these sizes already.
+    ) -> Entry:  # fmt: skip
+        """Give an entry whose files have these sizes; where there is none, `make(folder)` fills them.
 
         `waiting` is called now and then while others make this entry, or others that leave no room for it.
 
         Raises:
-            NoRoom: the budget or the disk does not hold it.
+            NoRoom: the budget or the disk does not hold it beside what is in use.
         """
         entry, partial = self._folder / key, self._folder / f".{key}.part"
-        if _use(entry, sizes):
-            return entry, False
-        short = self.shortage(sum(sizes.values()))
-        if short is not None:
-            raise NoRoom(short)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if (found := _find(entry, sizes)) is not None:
+            return found
         with self._locked(key, waiting):
-            if _use(entry, sizes):
-                return entry, False
+            if (found := _find(entry, sizes)) is not None:
+                return found
             try:
                 while not self._reserved(entry, partial, sizes, waiting):
                     waiting()
@@ -88,6 +114,7 @@ class Shelf:
                 for file in sizes:
                     sync(partial / file)  # a power cut after the rename would leave files of the right size, empty
                 os.utime(partial)  # used from now on, however long it took to make
+                made = Entry(entry, made=True, lock=_in_use(partial))
                 partial.rename(entry)
             except OSError as error:
                 if is_full(error):
@@ -95,7 +122,7 @@ class Shelf:
                 raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-        return entry, True
+        return made
 
     def _reserved(self, entry: Path, partial: Path, sizes: Mapping[str, int], waiting: Callable[[], None]) -> bool:
         """Take the room for an entry; False while what others are making leaves none."""
@@ -112,35 +139,61 @@ class Shelf:
                         os.posix_fallocate(opened.fileno(), 0, size)
             return True
 
-    def _make_room(self, needed_bytes: int) -> bool:
-        """Remove entries, oldest first; False where even that would not do until others have made theirs.
+    def _make_room(self, needed: int) -> bool:
+        """Remove what nobody uses, oldest first; False where even that would not do until others have made theirs.
 
         Raises:
-            NoRoom: processes that read what was removed keep its bytes, and the disk has no others.
+            NoRoom: nothing would do, and nothing was removed; or the disk has not won what was.
         """
         making = self._being_made()
-        aged: list[tuple[float, int, Path]] = []
-        for entry in self._folder.glob("[!.]*"):
-            with contextlib.suppress(FileNotFoundError):
-                aged.append((entry.stat().st_mtime, _size(entry), entry))
-        held = sum(size for _, size, _ in aged)
-
-        def fits(held: int, to_come: int = 0) -> bool:
-            free = shutil.disk_usage(self._folder).free + to_come
-            return making + held + needed_bytes <= self._budget and free >= needed_bytes + FREE_FLOOR_BYTES
-
-        if making and not fits(0, held):
-            return False
-        for _, size, entry in sorted(aged):
-            if fits(held):
-                break
-            self._remove(entry)
-            held -= size
-        if not fits(held):
-            raise NoRoom(
-                f"the worker's disk has {amount(shutil.disk_usage(self._folder).free)} free beside running jobs"
-            )
+        with self._unused() as unused:
+            held, spare = sum(map(_size, self._folder.glob("[!.]*"))), sum(size for _, size, _ in unused)
+            used = held - spare
+            short = self._limit(needed, used=used, to_come=spare + making)
+            if short is not None:
+                raise NoRoom(short)
+            if self._limit(needed, used=used + making, to_come=spare) is not None:
+                return False
+            for _, size, entry in unused:
+                if self._limit(needed, used=held + making) is None:
+                    return True
+                self._remove(entry)
+                held -= size
+            short = self._limit(needed, used=held + making)
+            if short is not None:
+                raise NoRoom(short)
         return True
+
+    def _limit(self, needed: int, *, used: int, kept: int = 0, to_come: int = 0) -> str | None:
+        """Say which limit leaves no room beside what is used and kept, once more of the disk is free; None: neither."""
+        if used + kept + needed > self._budget:
+            others = f", {amount(kept)} of it for what is read with it" if kept else ""
+            others += f", {amount(used)} of it in use by running jobs" if used else ""
+            return f"TUNEYARD_CACHE_BYTES allows {amount(self._budget)}{others}"
+        left = shutil.disk_usage(self._folder).free + to_come - FREE_FLOOR_BYTES
+        if needed > left:
+            beside = f" beside {amount(used)} in use by running jobs" if used else ""
+            return (
+                f"the worker's disk has room for {amount(max(left, 0))}{beside} "
+                f"(TUNEYARD_CACHE_BYTES would allow {amount(self._budget)})"
+            )
+        return None
+
+    @contextmanager
+    def _unused(self) -> Iterator[list[tuple[float, int, Path]]]:
+        """Give what nobody uses, the oldest first: when it was used, its size, its folder. Nobody takes it meanwhile.
+
+        For those who have the lock of the room: two who look at once would each think that the other one uses it all.
+        """
+        with ExitStack() as locks:
+            found: list[tuple[float, int, Path]] = []
+            for entry in self._folder.glob("[!.]*"):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError, BlockingIOError):
+                    lock = _open(entry)
+                    locks.callback(os.close, lock)
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    found.append((entry.stat().st_mtime, _size(entry), entry))
+            yield sorted(found)
 
     def _being_made(self) -> int:
         """Weigh what others are making now, and remove what was being made by those who died."""
@@ -183,15 +236,29 @@ class Shelf:
         return descriptor
 
 
-def _use(entry: Path, sizes: Mapping[str, int]) -> bool:
-    """Note that an entry is wanted; False where it is not there, or was cut short: its map would be a fatal signal."""
+def _find(entry: Path, sizes: Mapping[str, int]) -> Entry | None:
+    """Take an entry in use; None where it is not there, or was cut short: its map would be a fatal signal."""
     try:
+        found = Entry(entry, made=False, lock=_in_use(entry))
+        if not os.path.samestat(entry.stat(), os.fstat(found.lock)):  # removed between its opening and its lock
+            return None
         if any((entry / file).stat().st_size != size for file, size in sizes.items()):
-            return False
+            return None
         os.utime(entry)
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    return found
+
+
+def _in_use(folder: Path) -> int:
+    """Open a folder with a shared lock, which waits for the moment in which another looks what may be removed."""
+    lock = _open(folder)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
+
+
+def _open(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _size(folder: Path) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torchvision
 
-from worker import sources
+from worker import cgroup, sources
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,14 @@ def look(device: str, threads: int) -> Hardware:
         )  # fmt: skip
     return Hardware(
         "cpu", threads, bfloat16=has_bfloat16(), compiler=compiler, onednn_is_exact=onednn_is_exact(),
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        memory_bytes=memory_bytes(),
     )  # fmt: skip
+
+
+def memory_bytes() -> int:
+    """Give the memory that this process may use: the host's, or less where its control group says so."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(host, cgroup.memory_bytes() or host)
 
 
 def has_bfloat16() -> bool:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from worker import cgroup
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -132,9 +134,5 @@ def parse_gpus(answer: str, visible: Sequence[str] | None = None) -> tuple[Gpu, 
 def cores() -> int:
     """Count the processors that this process may use: its affinity, capped by the container's quota."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return available
-    return available if quota == "max" else max(1, min(available, int(quota) // int(period)))
+    quota = cgroup.processors()
+    return available if quota is None else max(1, min(available, int(quota)))

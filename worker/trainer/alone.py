@@ -4,6 +4,7 @@ The store's part (checking what is planned, keeping what became of it, handing a
 is done on local disk, with the same checks. What the children make is kept below `children/<key>/`.
 """
 
+import gc
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -92,6 +93,7 @@ def _run_child(
             }
         ), listening,
     )  # fmt: skip
+    gc.collect()  # what the child had mapped is in use on the shelf as long as it is there
     (last,) = heard
     child: dict[str, Any] = {
         "key": key, "job": f"job_{number}", "status": "failed", "spec": spec.model_dump(mode="json"), "best": None,

@@ -1,6 +1,8 @@
 """From an order to what the loop trains: recipe, backbone, objective, data and plan, each made once."""
 
+import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +12,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
-from app.domain.errors import UserFault
+from app.domain.errors import ResourceFault, UserFault
 from app.domain.models import ModelConfig
 from app.domain.spec import Spec
 from worker import catalogue
 from worker.data import features
 from worker.data.images import Images, Streamed, open_images
+from worker.data.rows import total_bytes
 from worker.data.shelf import Shelf, shelf_of
 from worker.data.source import Data, Source, in_order
 from worker.parts import backbones, compute, machine, memo, tuning
@@ -111,6 +114,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
         cast(Any, objective).backbone_learning_rate_scale = params.backbone_learning_rate_scale
     prepare = recipe.inputs(params, info) if recipe.inputs is not None else None
     data = replace(data, prepare=prepare)
+    is_first = plan is None
     if plan is None:
         plan = tuning.resolve(
             spec.training,
@@ -125,16 +129,29 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
             fingerprint=machine.provenance(device.type),
             cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
         )  # fmt: skip
-        plan = _with_views(plan, objective, data, shelf, reporter)
     else:
         plan = tuning.spread(taken_over(plan, family, hardware), processes)
+    made = Assembly(spec, recipe, params, plan, network, info, objective, data, device, facts)
+    if is_first:
+        made = replace(made, plan=_with_views(made, shelf, reporter))
     if plan.checkpoint_activations:
         recompute_stages(cast(Any, objective).backbone)
-    return Assembly(spec, recipe, params, plan, network, info, objective, data, device, facts)
+    return made
 
 
-def start(made: Assembly, order: Order, reporter: Reporter) -> Assembly:
-    """Do what comes between the plan and step 0: run a frozen prefix over the data once and keep its output."""
+def start(
+    made: Assembly, order: Order, reporter: Reporter, *, epochs_done: int = 0, at_beginning: bool = False
+) -> Assembly:
+    """Do what comes between the plan and step 0: run a frozen prefix over the data once and keep its output.
+
+    Args:
+        epochs_done: how many lie behind the checkpoint that the run goes on from.
+        at_beginning: there is none, so that without room for that output the run is given another plan and does
+            without it. Later that would be another computation than the one that was begun.
+
+    Raises:
+        ResourceFault: there is no room for it, neither on disk nor in memory.
+    """
     compute.settle(made.plan)
     if made.plan.compile:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(order.cache) / "compiled")  # 2.5 s the next time, not 26
@@ -142,37 +159,62 @@ def start(made: Assembly, order: Order, reporter: Reporter) -> Assembly:
     if not made.plan.prefix_views or prefix is None:
         return made
     compute.place(made.objective, made.plan, made.device)
-    shelf, network = shelf_of(order), made.network.architecture
+    shelf = shelf_of(order)
 
     def cached(source: Source, views: int) -> features.Features:
-        inputs = (made.recipe.name, made.recipe.version, made.params.model_dump(mode="json")) if views > 1 else None
         return features.cache_prefix(
-            source, made.data, prefix, views=views, seed=made.spec.training.seed, augmented=views > 1, plan=made.plan,
-            device=made.device, key=(_key(source), network, inputs), shelf=shelf, reporter=reporter,
+            source, made.data, prefix, **_asked(made, source, views), shelf=shelf, reporter=reporter
         )  # fmt: skip
 
-    train = cached(made.data.train, made.plan.prefix_views)
-    validation = cached(made.data.validation, 1) if made.data.validation is not None else None
-    features.tell(train, validation, made.plan.epochs, reporter)
+    try:
+        train = cached(made.data.train, made.plan.prefix_views)
+        validation = cached(made.data.validation, 1) if made.data.validation is not None else None
+    except ResourceFault as fault:
+        if not at_beginning or fault.code != "disk_full":
+            raise
+        needed = sum(_entries(made, prefix, made.plan.prefix_views).values())
+        return replace(made, plan=features.without_views(made.plan, needed, fault, reporter))
+    features.tell(train, validation, made.plan.epochs - epochs_done, reporter)
     return replace(made, data=replace(made.data, train=train, validation=validation, prepare=None))
 
 
-def _with_views(plan: Plan, objective: nn.Module, data: Data, shelf: Shelf, reporter: Reporter) -> Plan:
+def _with_views(made: Assembly, shelf: Shelf, reporter: Reporter) -> Plan:
     """Put into the plan how often frozen layers run over each sample, and why; 0 is in every epoch.
 
     This is said before step 0 and holds for every later attempt, because it is another computation: fixed views, and
     what is kept is rounded to bfloat16.
     """
-    prefix: nn.Module | None = getattr(objective, "frozen_prefix", None)
-    views, why = 0, getattr(objective, "no_prefix", None)
+    plan, data = made.plan, made.data
+    prefix: nn.Module | None = getattr(made.objective, "frozen_prefix", None)
+    views, why = 0, getattr(made.objective, "no_prefix", None)
     if prefix is not None:
+        placed = compute.place(copy.deepcopy(prefix), plan, made.device)  # as it will be when its output is wanted
         read = [cast(Any, each).source.key for each in (data.train, data.validation, data.test) if each is not None]
         views, why = features.choose_views(
-            prefix, data, plan, augmented=data.prepare is not None, shelf=shelf, beside=set(read), reporter=reporter
-        )
+            plan, lambda views: _entries(made, placed, views), augmented=data.prepare is not None, shelf=shelf,
+            beside=set(read), reporter=reporter,
+        )  # fmt: skip
     if why is None:
         return plan
     return plan.model_copy(update={"prefix_views": views, "reasons": {**plan.reasons, "prefix_views": why}})
+
+
+def _entries(made: Assembly, prefix: nn.Module, views: int) -> Mapping[str, int]:
+    """Name the entries of the shelf that hold what the prefix gives for this run's samples, with their bytes."""
+    wanted = [(made.data.train, views)]
+    if made.data.validation is not None:
+        wanted.append((made.data.validation, 1))
+    named = (features.entry_of(source, prefix, **_asked(made, source, times)) for source, times in wanted)
+    return {name: total_bytes(arrays) for name, arrays in named}
+
+
+def _asked(made: Assembly, source: Source, views: int) -> dict[str, Any]:
+    """Say what is wanted of a prefix for the rows of a source, as `features` takes it."""
+    inputs = (made.recipe.name, made.recipe.version, made.params.model_dump(mode="json")) if views > 1 else None
+    return {
+        "views": views, "seed": made.spec.training.seed, "augmented": views > 1, "plan": made.plan,
+        "device": made.device, "key": (_key(source), made.network.architecture, inputs),
+    }  # fmt: skip
 
 
 def read_spec(value: dict[str, Any]) -> tuple[Spec, Recipe, Params]:

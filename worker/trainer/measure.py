@@ -48,7 +48,9 @@ def run(order: Order, reporter: Reporter) -> dict[str, Any]:
     """
     made = assemble(order, reporter)
     reporter.planned(made.plan.model_dump(mode="json"), {})
-    made = start(made, order, reporter)
+    planned, made = made.plan, start(made, order, reporter, at_beginning=True)
+    if made.plan != planned:
+        reporter.planned(made.plan.model_dump(mode="json"), {})
     marks: list[float] = []
 
     def enough() -> bool:

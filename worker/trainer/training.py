@@ -33,7 +33,12 @@ def train(order: Order, reporter: Reporter) -> Finished:
         made = assemble(order, reporter, plan=plan)
         plan = made.plan
         announce(plan, made.device, reporter, first=first)
-        made = start(made, order, reporter)
+        made = start(
+            made, order, reporter, epochs_done=_epochs_done(plan, checkpoints), at_beginning=checkpoints.newest is None
+        )  # fmt: skip
+        if made.plan != plan:  # what the frozen layers give has no room after all
+            plan = made.plan
+            announce(plan, made.device, reporter, first=first)
         try:
             with ranks.together(order, plan, checkpoints.newest, reporter):
                 result = loop.train(
@@ -92,6 +97,12 @@ def plans_of(order: Order, checkpoints: Checkpoints) -> tuple[Plan | None, Plan 
         return committed, committed
     before = Plan.model_validate(saved.state["plan"])
     return before, latest(committed, before)
+
+
+def _epochs_done(plan: Plan, checkpoints: Checkpoints) -> int:
+    """Count the whole epochs behind the checkpoint to go on from; only what is cached for epochs asks for it."""
+    saved = checkpoints.load() if plan.prefix_views else None
+    return saved.state["run"]["step"] // plan.steps_per_epoch if saved is not None else 0
 
 
 def _finish(made: Assembly, result: Result, order: Order, reporter: Reporter) -> Finished:
