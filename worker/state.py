@@ -86,8 +86,9 @@ def first_not_finite(module: nn.Module, optimizer: Optimizers) -> str | None:
     """
     named = {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
     for name, norm in module.named_modules():
-        if isinstance(norm, _NormBase) and norm.training and norm.running_mean is not None:
-            named |= {f"{name}.running_mean": norm.running_mean, f"{name}.running_var": norm.running_var}
+        if isinstance(norm, _NormBase) and norm.training:
+            found = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+            named |= {f"{name}.{each}": value for each, value in found.items() if value is not None}
     named |= {f"the optimiser's {name}": value for name, value in optimizer.state().items()}
     if not named:
         return None

@@ -19,8 +19,8 @@ def announce(plan: Plan, device: torch.device, reporter: Reporter, *, first: Pla
         # Without `deterministic` two runs on one and the same GPU differ as well.
         differs += ["device"] if first.device != device.type else []
         differs += ["kernels"] if device.type == "cuda" and not plan.deterministic else []
-        # What this machine or this worker does otherwise (taken_over.py), where it turned out that there is no room for a
-        # cache, then what is done after memory ran out.
+        # What this machine or this worker does otherwise (taken_over.py), what turned out to have no room for a cache,
+        # then what is done after memory ran out.
         changed = ("compile", "precision", "world_size", "prefix_views", "accumulate", "checkpoint_activations")
         differs += [name for name in changed if getattr(plan, name) != getattr(first, name)]
     if differs:
