@@ -33,5 +33,5 @@ def _limits(file: str, *, controller: str = "") -> list[str]:
     for folder in (group, *group.parents):
         if folder.is_relative_to(root):
             with contextlib.suppress(OSError):
-                found.append((folder / file).read_text(encoding="ascii").strip())
+                found.append((folder / file).read_text(encoding="utf-8").strip())
     return found
