@@ -16,6 +16,8 @@ from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import PROBE_ROWS, VIEW_ROWS, Plan, view_rows
 from worker.recipe import Batch, Progress
 
+CALMER = "Lower training.learning_rate, or set training.gradient_clip to 1."  # where numbers run away
+
 Tick = Callable[[int, int], None]  # is told how many rows of how many are done
 
 
@@ -142,7 +144,7 @@ def probe(module: nn.Module, data: Data, plan: Plan, device: torch.device, tick:
     if not bool(found.isfinite().all()):
         raise UserFault(
             "The features of some training samples are not finite.", code="features_not_finite", phase="evaluate",
-            hint="Lower training.learning_rate, or set training.gradient_clip to 1.",
+            hint=CALMER,
         )  # fmt: skip
     numbers = {
         "effective_rank": metrics.effective_rank(found),

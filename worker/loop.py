@@ -40,8 +40,6 @@ from worker.report import Metrics, Outcome, Reporter, Wish
 from worker.state import State, first_not_finite, pack, unpack
 from worker.ticker import Ticker
 
-CALMER = "Lower training.learning_rate, or set training.gradient_clip to 1."
-
 
 @dataclass(frozen=True)
 class Result:
@@ -333,7 +331,7 @@ def _refuse_non_finite(
     raise UserFault(
         f"The loss was not finite at step {step + 1} (learning rate {rate:.3g}); the batch held the samples "
         f"{', '.join(map(str, samples[:32]))}{', …' if len(samples) > 32 else ''}.",
-        code="loss_not_finite", hint=CALMER, phase="train",
+        code="loss_not_finite", hint=evaluate.CALMER, phase="train",
     )  # fmt: skip
 
 
@@ -345,5 +343,5 @@ def _refuse_damage(module: nn.Module, optimizer: Optimizers, state: State, train
     rate, _ = _rates(module, _progress(state.step - 1, plan), training, plan)
     raise UserFault(
         f"The loss was finite, but {found} was not any more by step {state.step} (learning rate {rate:.3g}).",
-        code="loss_not_finite", hint=CALMER, phase="train",
+        code="loss_not_finite", hint=evaluate.CALMER, phase="train",
     )  # fmt: skip
