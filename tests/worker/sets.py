@@ -137,6 +137,12 @@ def order(spec: dict[str, Any], facts: DatasetFacts, folder: Path, **given: Any)
     return made.model_copy(update=given)
 
 
+def frozen(folder: Path, facts: DatasetFacts, **given: Any) -> Order:
+    """Give an order to train a head, for long enough that views of the frozen layers are cached."""
+    params, training = {"trainable": "head", "augmentation": "light"}, {"epochs": 9, "checkpoint_every": 10}
+    return order(spec(params=params, training=training), facts, folder, **given)
+
+
 def carry_out(given: Order, wish: Callable[[Message], str | None] = lambda _: None) -> tuple[Heard, Finished | Failed]:
     """Run an order in this process; give what was heard, and the last word."""
     heard = Heard(wish)

@@ -1,4 +1,4 @@
-"""Convolutions over small maps as matrix products: the same sums as torch's own."""
+"""Convolutions as matrix products: the same sums as torch's own."""
 
 import copy
 import io
@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+from worker.parts import small_maps
 from worker.parts.small_maps import SmallMapConv2d, keep_matrices, take_products
 
 pytestmark = pytest.mark.worker
@@ -17,6 +18,17 @@ SHAPES = [  # kernel, stride, padding, map
     (3, 1, 1, (1, 1)), (3, 2, 1, (2, 2)), (3, 1, 1, (2, 2)), (3, 1, 1, (1, 2)), (3, 2, 1, (1, 1)), (5, 1, 2, (3, 3)),
     (7, 2, 3, (4, 4)), (7, 1, 3, (4, 3)), (3, 1, 2, (2, 1)),
 ]  # fmt: skip
+STRIDED = [  # likewise
+    (1, 2, 0, (2, 2)), (1, 2, 0, (7, 4)), (1, 3, 1, (5, 5)), (3, 2, 1, (4, 4)), (3, 2, 1, (7, 4)), (3, 2, 0, (5, 8)),
+    (3, 3, 1, (8, 8)), (2, 2, 0, (6, 7)), (2, 4, 0, (5, 8)), (5, 2, 2, (7, 7)),
+]  # fmt: skip
+
+
+@pytest.fixture
+def windows_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take windows for every strided convolution, in double precision too."""
+    monkeypatch.setattr(small_maps, "_WINDOW_DTYPES", (torch.double,))
+    monkeypatch.setattr(small_maps, "_WINDOW_CHANNELS", 1)
 
 
 def pair(kernel: int, stride: int, padding: int, *, bias: bool = True) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -28,7 +40,8 @@ def pair(kernel: int, stride: int, padding: int, *, bias: bool = True) -> tuple[
     return own, ours
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), SHAPES)
+@pytest.mark.usefixtures("windows_everywhere")
+@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), [*SHAPES, *STRIDED])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_outputs_and_gradients_are_those_of_torch(
     kernel: int, stride: int, padding: int, size: tuple[int, int], layout: torch.memory_format
@@ -44,9 +57,11 @@ def test_outputs_and_gradients_are_those_of_torch(
     )
 
 
-def test_gradients_of_gradients_are_right() -> None:
-    own, ours = pair(3, 1, 1)
-    images = torch.randn(2, 6, 2, 2, dtype=torch.double, requires_grad=True)
+@pytest.mark.usefixtures("windows_everywhere")
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 2), (3, 2, 6), (1, 2, 4)])
+def test_gradients_of_gradients_are_right(kernel: int, stride: int, size: int) -> None:
+    own, ours = pair(kernel, stride, kernel // 2)
+    images = torch.randn(2, 6, size, size, dtype=torch.double, requires_grad=True)
     for layer in (own, ours):
         (slope,) = torch.autograd.grad(layer(images).tanh().sum(), images, create_graph=True)
         slope.square().sum().backward()
@@ -68,10 +83,33 @@ def test_a_copy_that_keeps_its_matrices_gives_the_same_bits_for_maps_of_every_si
     assert ours.matrices is None
 
 
-def test_large_maps_go_the_usual_way_to_the_bit() -> None:
-    own, ours = pair(3, 1, 1)
-    images = torch.randn(2, 6, 8, 8, dtype=torch.double)
-    assert torch.equal(own(images), ours(images))
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "size", "dtype", "takes"),
+    [
+        (128, 3, 2, 8, torch.bfloat16, True), (128, 3, 2, 8, torch.float32, False),
+        (128, 3, 2, 10, torch.bfloat16, False), (128, 3, 1, 4, torch.bfloat16, False),
+        (64, 3, 2, 8, torch.bfloat16, False),
+        (4, 1, 2, 32, torch.bfloat16, True), (4, 1, 2, 32, torch.float32, False),
+    ],
+)  # fmt: skip
+def test_windows_are_taken_where_they_were_measured_to_be_faster(
+    channels: int, kernel: int, stride: int, size: int, dtype: torch.dtype, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[bool] = []
+    real = small_maps._windows
+    monkeypatch.setattr(small_maps, "_windows", lambda *given: taken.append(True) or real(*given))
+    ours = nn.Conv2d(channels, 4, kernel, stride, kernel // 2)
+    usual = copy.deepcopy(ours)
+    take_products(ours)
+    images = torch.randn(2, channels, size, size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found, expected = ours(images), usual(images)
+    assert found.dtype == dtype
+    assert bool(taken) == takes
+    if takes:
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    else:
+        assert torch.equal(found, expected)
 
 
 def test_what_it_cannot_do_is_left_alone() -> None:
