@@ -103,6 +103,14 @@ def test_a_vit_sees_its_patches_as_strongly_in_grey_as_in_colour(channels):
     assert tokens.std().item() == pytest.approx(1, abs=0.1), "white patches give tokens of variance 1"
 
 
+@pytest.mark.parametrize(
+    ("stem", "channels", "one_over_variance"), [("small", 3, 3 * 27), ("small", 1, 3 * 9), ("standard", 1, 64 * 49 / 2)]
+)
+def test_new_first_filters_start_as_torch_or_torchvision_starts_its_own(stem, channels, one_over_variance):
+    first = make("resnet18", channels=channels, stem=stem).conv1
+    assert 1 / first.weight.var().item() == pytest.approx(one_over_variance, rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vit_b_32", "small_vit", "mlp"])
 def test_one_channel(name):
     assert_stages_are_the_forward(make(name, channels=1), torch.randn(1, 1, 32, 32))

@@ -34,14 +34,16 @@ def build_head(
     return nn.Sequential(nn.Dropout(dropout), last) if dropout else last
 
 
-def projector(*widths: int) -> nn.Sequential:
+def projector(*widths: int, norm_last: bool = False) -> nn.Sequential:
     """Build a projector of these widths, [batch, first] to [batch, last]: linear layers without bias, and batch
-    norm and ReLU between them. Methods that compare views put it behind a backbone, and throw it away afterwards.
+    norm and ReLU between them, with `norm_last` a batch norm behind the last one too.
+
+    Methods that compare views put it behind a backbone, and throw it away afterwards.
     """
     layers: list[nn.Module] = []
     for before, width in pairwise(widths):
         layers += [nn.Linear(before, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
-    return nn.Sequential(*layers[:-2])  # the last layer stands alone
+    return nn.Sequential(*layers[: -1 if norm_last else -2])
 
 
 def without_dropout(head: nn.Module) -> nn.Module:

@@ -180,7 +180,10 @@ def _change_stem(
         # As torchvision starts it. By the fan-out, patches of one channel would hardly be seen beside their positions.
         fan_in = math.prod(replacement.kernel_size) * channels
         nn.init.trunc_normal_(replacement.weight, std=math.sqrt(1.0 / fan_in))
-    else:
+    elif not small:
+        # As torchvision starts it. A small stem stays as PyTorch starts it: by the fan-out its filters would be half as
+        # large, so that behind a batch norm every step turned them four times as far (k-NN after a short SimCLR, three
+        # seeds: 30.0 and 31.4 %; fine-tuning does not mind).
         fan_out = math.prod(replacement.kernel_size) * replacement.out_channels
         nn.init.normal_(replacement.weight, std=math.sqrt(2.0 / fan_out))
     if replacement.bias is not None:

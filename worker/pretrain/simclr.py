@@ -54,7 +54,8 @@ class Simclr(nn.Module):
         super().__init__()
         self.backbone, self._temperature = backbone, params.temperature
         hidden = params.projection_hidden or info.feature_dimension
-        self.projection = projector(info.feature_dimension, hidden, params.projection_dimension)
+        # The batch norm at the end is the authors' code's, not the paper's.
+        self.projection = projector(info.feature_dimension, hidden, params.projection_dimension, norm_last=True)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002 (the contract's argument)
         z0, z1 = self.projection(self.backbone(batch["image"])).chunk(2)
