@@ -2,10 +2,12 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
 from tests.worker import sets
@@ -48,6 +50,14 @@ def test_autocast_does_not_reach_the_similarities() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = simclr.nt_xent(z0, z1, temperature=0.1)
     assert torch.equal(found[0], exact[0])
+
+
+def test_projections_are_normed_over_the_batch_before_they_are_compared() -> None:
+    torch.manual_seed(0)
+    module = simclr.Simclr(simclr.SimclrParams(), nn.Flatten(), cast(Any, SimpleNamespace(feature_dimension=12)))
+    z = module.projection(5 * torch.randn(64, 12) + 2)
+    torch.testing.assert_close(z.mean(0), torch.zeros(128), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.var(0, correction=0), torch.ones(128), atol=1e-3, rtol=0)
 
 
 def _projections() -> tuple[Tensor, Tensor]:
