@@ -24,7 +24,7 @@ from worker.recipe import Batch
 from worker.report import Reporter
 from worker.ticker import Ticker
 
-POLICY = "features-1"  # part of every key; changes with what `cache_prefix` does
+POLICY = "features-2"  # part of every key; changes with what `cache_prefix` does
 # What of a plan decides the bits of a frozen network's output, beside the size of its batches.
 DECIDES = {
     "threads", "precision", "memory_format", "float32_matmul", "deterministic", "small_map_products", "mean", "std",

@@ -37,7 +37,8 @@ class SmallMapConv2d(nn.Conv2d):
         if 2 * input.shape[2] * input.shape[3] <= self.kernel_size[0] * self.kernel_size[1]:
             made = self._product(input.to(dtype))
         elif dtype in _WINDOW_DTYPES and self._picks_few(input):
-            made = _Windows.apply(input.to(dtype), self.weight, self.stride, self.padding)  # type: ignore[no-untyped-call]
+            flat = _Windows.apply(input.to(dtype), self.weight, self.stride, self.padding)  # type: ignore[no-untyped-call]
+            made = _map(flat.view(len(input), -1), self.out_channels, self._places(input))
         else:
             return super().forward(input)
         return made if self.bias is None else made + self.bias.to(dtype)[:, None, None]
@@ -45,20 +46,22 @@ class SmallMapConv2d(nn.Conv2d):
     def _product(self, x: Tensor) -> Tensor:
         assert not isinstance(self.padding, str)
         if self.matrices is None:
-            return _Product.apply(x, self.weight, self.stride, self.padding)  # type: ignore[no-untyped-call]
+            flat = _Product.apply(x, self.weight, self.stride, self.padding)  # type: ignore[no-untyped-call]
+            return _map(flat, self.out_channels, self._places(x))
         height, width = x.shape[2:]
         if (height, width, x.dtype) not in self.matrices:
             self.matrices[height, width, x.dtype] = _matrix(x, self.weight, self.stride, self.padding)
         matrix = self.matrices[height, width, x.dtype]
-        return _map(_flat(x) @ matrix.dense.T, len(self.weight), matrix.places)
+        return _map(_flat(x) @ matrix.dense.T, self.out_channels, matrix.places)
 
     def _picks_few(self, input: Tensor) -> bool:
-        if max(self.stride) == 1:
-            return False
-        assert not isinstance(self.padding, str)
-        rows, columns = _places(input.shape[2:], self.kernel_size, self.stride, self.padding)
+        rows, columns = self._places(input)
         few = self.in_channels >= _WINDOW_CHANNELS and rows * columns <= _WINDOW_PLACES
-        return self.kernel_size == (1, 1) or few
+        return max(self.stride) > 1 and (self.kernel_size == (1, 1) or few)
+
+    def _places(self, input: Tensor) -> tuple[int, int]:
+        assert not isinstance(self.padding, str)
+        return _places(input.shape[2:], self.kernel_size, self.stride, self.padding)
 
 
 def take_products(module: nn.Module) -> None:
@@ -89,8 +92,9 @@ def _suits(layer: nn.Conv2d) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """[batch, in, height, width] and [out, in, rows, columns] -> [batch, out, new height, new width].
+    """[batch, in, height, width] and [out, in, rows, columns] -> [batch, new places * out].
 
+    A map is made of it outside: what a function gives as a view, torch does not let an activation change in place.
     The backward pass is written in differentiable operations of the saved arguments, so that gradients of gradients
     (R1 penalties) are right too.
     """
@@ -100,12 +104,12 @@ class _Product(torch.autograd.Function):
         matrix = _matrix(x, weight, stride, padding)
         ctx.save_for_backward(x, weight)
         ctx.taps, ctx.places, ctx.dense = matrix.taps, matrix.places, matrix.dense
-        return _map(_flat(x) @ matrix.dense.T, len(weight), matrix.places)
+        return _flat(x) @ matrix.dense.T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        gradient = _flat(gradients[0].to(x.dtype))  # [batch, new places * out]
+        gradient = gradients[0].to(x.dtype)
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
             # Laid out again only where its own gradient is wanted.
@@ -117,26 +121,23 @@ class _Product(torch.autograd.Function):
 
 
 class _Windows(torch.autograd.Function):
-    """The same by the windows of the map, [batch * new places, taps * in], times the filters as they lie in memory."""
+    """The same as [batch * new places, out]: the windows of the map times the filters as they lie in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
-        places = _places(x.shape[2:], weight.shape[2:], stride, padding)
-        flat = _windows(x, weight, stride, padding) @ _filters(weight, x).T
-        return flat.view(len(x), *places, len(weight)).permute(0, 3, 1, 2)
+        return _windows(x, weight, stride, padding) @ _filters(weight, x).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        gradient = gradients[0].to(x.dtype).permute(0, 2, 3, 1)
-        places, flat = gradient.shape[1:3], gradient.reshape(-1, len(weight))
+        gradient = gradients[0].to(x.dtype)
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
-            for_x = _unwound(flat @ _filters(weight, x), x, weight, places, ctx.stride, ctx.padding)
+            for_x = _unwound(gradient @ _filters(weight, x), x, weight, ctx.stride, ctx.padding)
         if ctx.needs_input_grad[1]:
-            matrix = flat.T @ _windows(x, weight, ctx.stride, ctx.padding)  # [out, taps * in]
+            matrix = gradient.T @ _windows(x, weight, ctx.stride, ctx.padding)  # [out, taps * in]
             by_tap = matrix.to(weight.dtype).view(len(weight), *weight.shape[2:], -1)
             for_weight = by_tap.permute(0, 3, 1, 2)
         return for_x, for_weight, None, None
@@ -163,12 +164,11 @@ def _windows(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[
     return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, rows * columns * x.shape[1])
 
 
-def _unwound(
-    flat: Tensor, x: Tensor, weight: Tensor, places: Sequence[int], stride: tuple[int, int], padding: tuple[int, int]
-) -> Tensor:
+def _unwound(flat: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """Sum what lies in windows, [batch * new places, taps * in], over the places of `x` that they show."""
     (rows, columns), (down, across), (above, left) = weight.shape[2:], stride, padding
-    (batch, into, height, width), (high, wide) = x.shape, places
+    batch, into, height, width = x.shape
+    high, wide = _places(x.shape[2:], weight.shape[2:], stride, padding)
     by_tap = flat.view(batch, high, wide, rows, columns, into)
     padded = flat.new_zeros(batch, height + 2 * above, width + 2 * left, into)
     for row in range(rows):
