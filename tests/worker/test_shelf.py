@@ -1,6 +1,7 @@
 """The shelf: one budget for everything on it, kept by makers that die, that wait, and that come two at once."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -33,6 +34,20 @@ def test_the_shelf_lets_go_of_what_was_not_used_for_longest(tmp_path: Path) -> N
     assert shelf.shortage({"d": 200, "e": 50}) is None
     says = "TUNEYARD_CACHE_BYTES allows 250 B, 100 B of it for what is read with it"
     assert shelf.shortage({"d": 250}, beside={"a"}) == says
+
+
+def test_a_shelf_may_hold_more_entries_than_a_process_may_open_files(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, 80 * 100)
+    for number in range(80):
+        entry(shelf, f"{number:02}", 100)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard))
+    try:
+        assert shelf.shortage({"new": 150}) is None
+        entry(shelf, "new", 150)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert names(tmp_path) == [*(f"{number:02}" for number in range(2, 80)), "new"]
 
 
 def test_bytes_are_on_the_disk_before_an_entry_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.worker.shelves import aged, entry, names, used, weight
 from worker.data import shelf as shelf_module
-from worker.data.shelf import NoRoom, Shelf
+from worker.data.shelf import Entry, NoRoom, Shelf
 
 pytestmark = pytest.mark.worker
 
@@ -121,6 +122,22 @@ def test_what_is_removed_before_it_could_be_locked_is_made_anew(
     assert again.made
     assert names(tmp_path) == ["a"]
     assert os.path.samestat(os.fstat(again.lock), again.folder.stat())
+
+
+def test_what_is_taken_while_room_is_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf, limit = Shelf(tmp_path, 300), Shelf._limit
+    for number, key in enumerate("abc"):
+        aged(entry(shelf, key, 100), 60 - number)
+    readers: list[Entry] = []
+
+    def meanwhile(*given: Any, **sizes: int) -> str | None:
+        if "to_come" not in sizes and not readers:  # it is known what may go, and the first is about to
+            readers.append(used(shelf, "a", 100))
+        return limit(*given, **sizes)
+
+    monkeypatch.setattr(Shelf, "_limit", meanwhile)
+    entry(shelf, "d", 100)
+    assert names(tmp_path) == ["a", "c", "d"]
 
 
 def test_who_is_left_no_room_by_what_others_are_making_waits_and_then_leaves_them_theirs(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +75,8 @@ class Shelf:
             waiting: as in `get`.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._locked("room", waiting), self._unused() as unused:
-            spare = {entry.name for _, _, entry in unused}
+        with self._locked("room", waiting):
+            spare = {entry.name for _, _, entry in self._unused()}
             sizes = {path.name: _size(path) for path in self._folder.iterdir()}
             there = {key for key, size in wanted.items() if sizes.get(key) == size}
             needed = sum(size for key, size in wanted.items() if key not in there)
@@ -145,23 +145,23 @@ class Shelf:
         Raises:
             NoRoom: nothing would do, and nothing was removed; or the disk has not won what was.
         """
-        making = self._being_made()
-        with self._unused() as unused:
-            held, spare = sum(map(_size, self._folder.glob("[!.]*"))), sum(size for _, size, _ in unused)
-            used = held - spare
-            short = self._limit(needed, used=used, to_come=spare + making)
-            if short is not None:
-                raise NoRoom(short)
-            if self._limit(needed, used=used + making, to_come=spare) is not None:
-                return False
-            for _, size, entry in unused:
-                if self._limit(needed, used=held + making) is None:
-                    return True
+        making, unused = self._being_made(), self._unused()
+        held, spare = sum(map(_size, self._folder.glob("[!.]*"))), sum(size for _, size, _ in unused)
+        used = held - spare
+        short = self._limit(needed, used=used, to_come=spare + making)
+        if short is not None:
+            raise NoRoom(short)
+        if self._limit(needed, used=used + making, to_come=spare) is not None:
+            return False
+        for _, size, entry in unused:
+            if self._limit(needed, used=held + making) is None:
+                return True
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), _alone(entry):
                 self._remove(entry)
                 held -= size
-            short = self._limit(needed, used=held + making)
-            if short is not None:
-                raise NoRoom(short)
+        short = self._limit(needed, used=held + making)
+        if short is not None:
+            raise NoRoom(short)
         return True
 
     def _limit(self, needed: int, *, used: int, kept: int = 0, to_come: int = 0) -> str | None:
@@ -179,21 +179,16 @@ class Shelf:
             )
         return None
 
-    @contextmanager
-    def _unused(self) -> Iterator[list[tuple[float, int, Path]]]:
-        """Give what nobody uses, the oldest first: when it was used, its size, its folder. Nobody takes it meanwhile.
+    def _unused(self) -> list[tuple[float, int, Path]]:
+        """Give what nobody uses, the oldest first: when it was used, its size, its folder. Somebody may take it yet.
 
         For those who have the lock of the room: two who look at once would each think that the other one uses it all.
         """
-        with ExitStack() as locks:
-            found: list[tuple[float, int, Path]] = []
-            for entry in self._folder.glob("[!.]*"):
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError, BlockingIOError):
-                    lock = _open(entry)
-                    locks.callback(os.close, lock)
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    found.append((entry.stat().st_mtime, _size(entry), entry))
-            yield sorted(found)
+        found: list[tuple[float, int, Path]] = []
+        for entry in self._folder.glob("[!.]*"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, BlockingIOError), _alone(entry):
+                found.append((entry.stat().st_mtime, _size(entry), entry))
+        return sorted(found)
 
     def _being_made(self) -> int:
         """Weigh what others are making now, and remove what was being made by those who died."""
@@ -255,6 +250,21 @@ def _in_use(folder: Path) -> int:
     lock = _open(folder)
     fcntl.flock(lock, fcntl.LOCK_SH)
     return lock
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep everybody else from a folder for a moment.
+
+    Raises:
+        BlockingIOError: it is in use.
+    """
+    lock = _open(folder)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _open(folder: Path) -> int:
