@@ -64,6 +64,7 @@ def train(
     Raises:
         UserFault: the loss is not finite, or early stopping looks at a metric that this run does not have.
     """
+    _refuse_blind_stopping(training, data, plan)
     objective = cast(Any, module)
     compute.settle(plan)
     compute.place(module, plan, device)
@@ -114,8 +115,7 @@ def train(
     def tell(numbers: Mapping[str, float]) -> None:
         if not numbers:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        state.metrics.update(finite)
+        finite = state.note(numbers)
         report.send(Metrics(rows=tuple((name, state.step, value) for name, value in finite.items())))
 
     spread: float | None = None
@@ -210,6 +210,8 @@ def train(
             average.keep()
         if best_weights and (wish == "stop" or training.early_stopping is not None):
             module.load_state_dict(best_weights)
+            if kind == "pretrain":  # a fine-tune is measured once more in any case
+                state.note(_look(module, data, plan, device, plan.epochs - 1, ticker("validate")))
     distributed.separate_norms(module)
     report.send(clock.shown(state.step))
     return Result(
@@ -265,13 +267,29 @@ def _look(
     return distributed.from_first(numbers)
 
 
+def _refuse_blind_stopping(training: Training, data: Data, plan: Plan) -> None:
+    """Refuse, before the first step, to stop by what this run will never measure."""
+    if training.early_stopping is None:
+        return
+    name, why = training.early_stopping.metric, None
+    if name.startswith("validation/") and data.validation is None:
+        why = "no validation samples: bring a validation split, or keep more labels and set data.validation_fraction"
+    elif name.startswith("probe/") and (not plan.probe_every or data.probe is None):
+        why = "no probes: only pretraining looks at its features"
+    elif not name.startswith(("train/", "validation/", "probe/")):
+        why = "nothing of that name: it is to begin with train/, validation/ or probe/"
+    if why is not None:
+        raise UserFault(f"training.early_stopping.metric: for {name!r} this run has {why}.", code="unknown_metric")
+
+
 def _judge(numbers: Mapping[str, float], state: State, training: Training, kind: str) -> bool:
     """Say whether this is the best so far, by the metric of early stopping or else by what validation gives."""
     wanted = training.early_stopping
     known = {**state.metrics, **numbers}
     if wanted is not None:
         name, least = wanted.metric, wanted.min_delta
-        if name not in known and not name.startswith("probe/"):
+        due = not name.startswith("probe/") or any(other.startswith("probe/") for other in numbers)
+        if name not in known and due:
             raise UserFault(
                 f"training.early_stopping.metric: this run has no {name!r}; it has {', '.join(sorted(known))}.",
                 code="unknown_metric",
@@ -283,8 +301,8 @@ def _judge(numbers: Mapping[str, float], state: State, training: Training, kind:
     value = numbers.get(name, None if name.startswith(("probe/", "validation/")) else state.metrics.get(name))
     if value is None:
         return False
-    before = state.best["value"] if state.best is not None else None
-    gain = math.inf if before is None else (before - value if evaluate.lower_is_better(name) else value - before)
+    before, falls = state.best["value"] if state.best is not None else None, evaluate.lower_is_better(name)
+    gain = math.inf if before is None else (before - value if falls else value - before)
     better = gain > least if before is not None else math.isfinite(value)
     if better:
         state.best, state.waited = {"metric": name, "value": value, "step": state.step}, 0

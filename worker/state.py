@@ -1,5 +1,6 @@
 """Everything that a run must not lose: where it is, and how that goes into a checkpoint and out again."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +28,12 @@ class State:
     ended_by: str | None = None
     collapse_reported: bool = False
     seconds: float | None = None  # kept only under max_seconds, so that other checkpoints hold no time
+
+    def note(self, numbers: Mapping[str, float]) -> dict[str, float | None]:
+        """Keep numbers as the latest of their names, and give them: null where one is not finite."""
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self.metrics.update(finite)
+        return finite
 
 
 def pack(

@@ -93,6 +93,7 @@ def _check_data(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -> It
     yield from unmet(requires, spec.params, dataset["splits"], dataset["labelled"])
     if recipe.kind in TRAINS:
         yield from _check_batch(spec, recipe, samples)
+        yield from _check_stopping(spec, recipe, dataset)
 
 
 def _check_batch(spec: Spec, recipe: Published, samples: int) -> Iterable[Detail]:
@@ -112,6 +113,32 @@ def _check_batch(spec: Spec, recipe: Published, samples: int) -> Iterable[Detail
             pointer="/training/accumulate",
             message=f"{batch} samples do not divide into {accumulate} micro-batches of one size.",
         )
+    elif isinstance(batch, int) and isinstance(accumulate, int) and least <= batch < least * accumulate:
+        yield Detail(
+            pointer="/training/accumulate",
+            message=f"{recipe.name} needs at least {least} samples per micro-batch; {accumulate} of a batch of {batch} "
+            f"have {batch // accumulate}.",
+        )
+
+
+def _check_stopping(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -> Iterable[Detail]:
+    stopping = spec.training.early_stopping
+    if stopping is None or "training.early_stopping" in unread(recipe.requires, spec):
+        return
+    name, where = stopping.metric, "/training/early_stopping/metric"
+    if not name.startswith(("train/", "validation/", "probe/")):
+        yield Detail(pointer=where, message=f"{name} is no metric of a run: train/, validation/ or probe/ comes first.")
+    if name.startswith("probe/") and recipe.kind != "pretrain":
+        yield Detail(pointer=where, message=f"{recipe.name} does not probe its features: use a metric of validation/.")
+    if name.startswith("validation/") and not dataset["splits"].get("validation"):
+        sets_apart = bool(recipe.requires.get("labels"))
+        if sets_apart and spec.data.validation_fraction == 0:
+            message = "the dataset has no validation split, and data.validation_fraction is 0."
+        elif not sets_apart:
+            message = f"the dataset has no validation split, and {recipe.name} sets no samples apart: use train/loss."
+        else:
+            return
+        yield Detail(pointer=where, message=f"There is nothing to measure {name} on: {message}")
 
 
 def _check_network(recipe: Published, network: Network) -> Iterable[Detail]:
@@ -188,8 +215,4 @@ def warnings(spec: Spec, recipe: Published, dataset: Mapping[str, Any] | None) -
         asked = spec.data.labels_per_class * len(dataset["classes"])
         if asked > int(dataset["labelled"].get("train", 0)):
             found.append(f"data.labels_per_class asks for {asked} labels, more than the training split has.")
-    if spec.training.early_stopping is not None and spec.data.validation_fraction == 0:
-        has_validation = bool(dataset and dataset["splits"].get("validation"))
-        if not has_validation:
-            found.append("training.early_stopping has nothing to look at: data.validation_fraction is 0.")
     return found

@@ -66,6 +66,37 @@ def test_a_batch_may_be_too_small_or_not_divide() -> None:
     assert "at least 2 samples" in checked({"training": {"batch_size": 1}}, of=of)["/training/batch_size"]
     assert "micro-batches" in checked({"training": {"batch_size": 10, "accumulate": 3}})["/training/accumulate"]
     assert checked({"training": {"batch_size": 12, "accumulate": 3}}) == {}
+    assert checked({"training": {"batch_size": 12, "accumulate": 6}}, of=of) == {}
+    parts = checked({"training": {"batch_size": 12, "accumulate": 12}}, of=of)["/training/accumulate"]
+    assert "at least 2 samples per micro-batch; 12 of a batch of 12 have 1" in parts
+
+
+SPLIT = facts(splits={"train": 80, "validation": 20}, labelled={"train": 80, "validation": 20})
+PRETRAINS = recipe(kind="pretrain", requires={})
+
+
+@pytest.mark.parametrize(
+    ("metric", "data", "of", "fraction", "says"),
+    [
+        ("validation/loss", facts(), recipe(), 0.1, None),
+        ("validation/loss", facts(), recipe(), 0.0, "data.validation_fraction is 0"),
+        ("validation/loss", SPLIT, recipe(), 0.0, None),
+        ("train/loss", facts(), recipe(), 0.0, None),
+        ("validation/loss", facts(), PRETRAINS, 0.1, "sets no samples apart"),
+        ("validation/loss", SPLIT, PRETRAINS, 0.1, None),
+        ("probe/knn_accuracy", facts(), PRETRAINS, 0.1, None),
+        ("probe/knn_accuracy", facts(), recipe(), 0.1, "does not probe"),
+        ("accuracy", facts(), recipe(), 0.1, "comes first"),
+        ("accuracy", facts(), recipe(requires={"unread": ("training.early_stopping",)}), 0.1, None),
+    ],
+)
+def test_early_stopping_needs_something_to_look_at(
+    metric: str, data: dict[str, Any], of: Published, fraction: float, says: str | None
+) -> None:
+    asked = {"training": {"early_stopping": {"metric": metric}}, "data": {"validation_fraction": fraction}}
+    found = checked(asked, of=of, data=data)
+    assert list(found) == ([] if says is None else ["/training/early_stopping/metric"])
+    assert says is None or says in found["/training/early_stopping/metric"]
 
 
 @pytest.mark.parametrize(
@@ -109,15 +140,11 @@ def test_stages_that_were_cut_off_cannot_be_trained() -> None:
 
 def test_warnings_name_what_will_hardly_work_as_meant() -> None:
     spec = Spec.model_validate(
-        body(
-            training={"batch_size": 256, "early_stopping": {"patience": 2}},
-            data={"labels_per_class": 80, "validation_fraction": 0},
-        )
+        body(training={"batch_size": 256}, data={"labels_per_class": 80, "validation_fraction": 0})
     )
-    batch, labels, stopping = warnings(spec, recipe(), facts())
+    batch, labels = warnings(spec, recipe(), facts())
     assert "only 100 training samples" in batch
     assert "160 labels" in labels
-    assert "nothing to look at" in stopping
     (unused,) = warnings(Spec.model_validate(body(resources={"device": "cpu", "gpus": 2})), recipe(), facts())
     assert "no GPU is used" in unused
     unread = recipe(requires={"unread": ("training.epochs", "training.seed")})

@@ -13,6 +13,7 @@ from app.domain.spec import EarlyStopping, Training
 from tests.worker.objectives import Recording, Rows, Small, data, plan, same, train, whole
 from tests.worker.sets import Heard
 from worker import clock
+from worker.loop import Result
 from worker.recipe import Batch, Progress
 from worker.report import Saved
 
@@ -156,6 +157,77 @@ def test_an_unknown_metric_names_those_there_are(tmp_path: Path) -> None:
     training = Training(epochs=2, batch_size=4, early_stopping=EarlyStopping(metric="validation/acuracy"))
     with pytest.raises(UserFault, match="validation/accuracy"):
         train(Small(), training, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("validation/loss", "no validation samples"), ("probe/knn_accuracy", "no probes"),
+        ("test/accuracy", "nothing of that name"),
+    ],
+)  # fmt: skip
+def test_what_a_run_will_never_measure_is_refused_before_its_first_step(metric: str, says: str, tmp_path: Path) -> None:
+    module = Recording()
+    training = Training(epochs=2, batch_size=4, early_stopping=EarlyStopping(metric=metric))
+    with pytest.raises(UserFault, match=says) as raised:
+        train(module, training, tmp_path, with_data=data(Rows()))
+    assert raised.value.code == "unknown_metric"
+    assert not [call for call in module.calls if call.startswith("forward")]
+
+
+def test_a_number_that_is_no_measure_of_quality_does_not_stop_a_run(tmp_path: Path) -> None:
+    training = Training(epochs=2, batch_size=4, early_stopping=EarlyStopping(metric="train/learning_rate"))
+    with pytest.raises(UserFault, match="whether 'train/learning_rate' is to rise or to fall"):
+        train(Small(), training, tmp_path)
+
+
+class Probed(Recording):
+    """What it measures on its features follows a script, probe by probe."""
+
+    def __init__(self, name: str, script: list[float]) -> None:
+        super().__init__()
+        self.name, self.script, self.snapshots = name, iter(script), list[Tensor]()
+
+    def probed(self, _: Tensor) -> dict[str, float]:
+        self.snapshots.append(self.linear.weight.detach().clone())
+        return {self.name: next(self.script)}
+
+
+def pretrained(module: nn.Module, metric: str, folder: Path, *, epochs: int = 6) -> Result:
+    training = Training(epochs=epochs, batch_size=4, early_stopping=EarlyStopping(metric=metric, patience=2))
+    given = replace(data(Rows()), probe=whole(Rows()))
+    made = plan(training, probe_every=1)
+    return train(module, training, folder, made=made, with_data=given, kind="pretrain")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "best"),
+    [
+        ("frechet_distance", [50.0, 30.0, 20.0, 25.0, 26.0, 20.0], 2), ("alignment", [0.3, 0.2, 0.25, 0.25, 0.2], 1),
+        ("effective_rank", [5.0, 9.0, 8.0, 7.0, 9.0], 1),
+    ],
+)  # fmt: skip
+def test_what_is_better_lower_stops_a_run_when_it_rises(
+    name: str, script: list[float], best: int, tmp_path: Path
+) -> None:
+    module = Probed(name, script)
+    result = pretrained(module, f"probe/{name}", tmp_path)
+    assert (result.ended_by, result.epoch) == ("early_stopping", best + 3)
+    assert result.best is not None
+    assert result.best["value"] == script[best]
+    assert torch.equal(module.linear.weight, module.snapshots[best])
+
+
+def test_the_numbers_of_a_pretrained_model_are_those_of_the_weights_that_are_kept(tmp_path: Path) -> None:
+    module = Probed("elbo", [-5.0, -2.0, -3.0, -4.0, -2.0])
+    result = pretrained(module, "probe/elbo", tmp_path)
+    assert torch.equal(module.snapshots[-1], module.snapshots[1]), "probed once more, with the best weights"
+    assert result.metrics["probe/elbo"] == -2.0
+
+
+def test_a_misspelt_probe_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserFault, match="no 'probe/knn_acuracy'; it has probe/alignment, probe/effective_rank"):
+        pretrained(Probed("alignment", [0.1]), "probe/knn_acuracy", tmp_path)
 
 
 def test_max_seconds_counts_over_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

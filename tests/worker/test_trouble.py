@@ -44,6 +44,14 @@ def test_a_loss_that_is_not_finite_is_the_users_and_the_last_good_checkpoint_sta
     assert not (Path(order.scratch) / "model").exists()
 
 
+@pytest.mark.parametrize("training", [{"batch_size": 1}, {"batch_size": 4, "accumulate": 4}])
+def test_batch_norm_of_one_sample_is_the_users(training: dict[str, Any], digits: DatasetFacts, tmp_path: Path) -> None:
+    body = sets.spec(model={"architecture": "resnet18", "image_size": 32}, training={**training, "steps": 2})
+    _, last = sets.failed(sets.order(body, digits, tmp_path))
+    assert (last.error.fault, last.error.code, last.error.retryable) == ("user", "batch_too_small", False)
+    assert "training.batch_size" in (last.error.hint or "")
+
+
 def test_a_loss_over_cached_features_names_the_samples_too(digits: DatasetFacts, tmp_path: Path) -> None:
     training = {"optimizer": "sgd", "learning_rate": 1e19, "precision": "float32", "weight_decay": 1.0}
     body = sets.spec(params={"trainable": "head"}, training=training)

@@ -101,6 +101,8 @@ def test_what_cannot_work_names_its_field(training: dict[str, Any], field: str) 
 def test_a_recipe_that_needs_a_larger_batch_says_so() -> None:
     with pytest.raises(UserFault, match="at least 4 samples per batch"):
         resolve(replace(CIFAR, samples=3, couples_batch=True, min_batch=4))
+    with pytest.raises(UserFault, match="at least 4 samples per micro-batch, and 3 of a batch of 9 have 3"):
+        resolve(replace(CIFAR, min_batch=4), batch_size=9, accumulate=3)
 
 
 @pytest.mark.parametrize(("samples", "every"), [(50_000, 1), (22_222, 2), (1297, 14), (100, 14)])

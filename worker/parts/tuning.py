@@ -160,6 +160,11 @@ def resolve(
             f"training.accumulate: a batch of {batch} does not divide into {accumulate} micro-batches.",
             code="accumulate",
         )
+    if batch // accumulate < work.min_batch:
+        raise UserFault(
+            f"training.accumulate: this recipe needs at least {work.min_batch} samples per micro-batch, and "
+            f"{accumulate} of a batch of {batch} have {batch // accumulate}.", code="accumulate",
+        )  # fmt: skip
     _refuse_uneven(batch, accumulate, processes)
     steps_per_epoch = max(1, work.samples // batch)
     steps = training.steps or steps_per_epoch * training.epochs

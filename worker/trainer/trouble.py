@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from app.domain.errors import JobFault, ResourceFault, SystemFault
+from app.domain.errors import JobFault, ResourceFault, SystemFault, UserFault
 from worker.disk import is_full
 from worker.parts.memory import is_out_of_memory, let_go
 from worker.parts.tuning import Plan
@@ -78,6 +78,13 @@ def translated(error: Exception, reporter: Reporter) -> JobFault:
         )
     if is_out_of_memory(error):
         return ResourceFault(f"Out of memory: {error}", code="out_of_memory", hint="Use a smaller network or images.")
+    if isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel"):
+        return UserFault(
+            "Batch norm finds nothing to compare: a micro-batch is one sample, whose last maps are one pixel.",
+            code="batch_too_small", phase="train",
+            hint="Use at least two samples per micro-batch (training.batch_size over training.accumulate), or larger "
+            "images.",
+        )  # fmt: skip
     trace = "".join(traceback.format_exception(error)).splitlines()[-TRACE_LINES:]
     reporter.event("trainer.crashed", f"{type(error).__name__}: {error}", level="error", trace=trace)
     return SystemFault(f"The trainer crashed: {type(error).__name__}: {error}", code="crash")
