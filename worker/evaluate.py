@@ -184,30 +184,3 @@ def _two_views(backbone: nn.Module, data: Data, plan: Plan, device: torch.device
 def probe_rows(count: int, seed: int) -> Tensor:
     """Choose the training rows that are probed: a fixed random part, in a fixed random order."""
     return torch.randperm(count, generator=generator(seed, "probe"))[:PROBE_ROWS]
-
-
-def lower_is_better(name: str) -> bool:
-    """Say which way a metric improves.
-
-    Raises:
-        UserFault: nobody knows: of a loss that two networks fight about, or of what is no measure of quality at all.
-    """
-    last = name.rpartition("/")[2]
-    if last.endswith(_RISING):
-        return False
-    if last.endswith(_FALLING):
-        return True
-    raise UserFault(
-        f"training.early_stopping.metric: nobody knows whether {name!r} is to rise or to fall.", code="unknown_metric",
-        hint="Choose another metric, such as validation/loss.",
-    )  # fmt: skip
-
-
-# How the names of metrics end that are better when they are higher, or lower.
-_RISING = (
-    "accuracy", "precision", "recall", "f1", "matched", "hit", "elbo", "effective_rank", "spread",
-)  # fmt: skip
-_FALLING = (
-    "loss", "error", "supervised", "kl", "reconstruction", "invariance", "variance", "covariance", "redundancy",
-    "frechet_distance", "uniformity", "alignment",
-)  # fmt: skip

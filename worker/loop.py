@@ -10,7 +10,6 @@ reporter and checkpoints are the run's.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
-from worker import evaluate
+from worker import evaluate, stopping
 from worker.agreement import Agreement
 from worker.checkpoint import Checkpoints
 from worker.clock import Clock
@@ -30,7 +29,6 @@ from worker.data.source import Data, ahead
 from worker.parts import compute, distributed, optim, schedule
 from worker.parts.ema import Average
 from worker.parts.memory import not_training
-from worker.parts.metrics import collapsed
 from worker.parts.optim import Optimizers
 from worker.parts.seed import derive, generator, reseed
 from worker.parts.tuning import Plan
@@ -64,7 +62,7 @@ def train(
     Raises:
         UserFault: the loss is not finite, or early stopping looks at a metric that this run does not have.
     """
-    _refuse_blind_stopping(training, data, plan)
+    stopping.refuse_blind(training, data, plan)
     objective = cast(Any, module)
     compute.settle(plan)
     compute.place(module, plan, device)
@@ -178,9 +176,9 @@ def train(
                 with average.in_place() if average is not None else contextlib.nullcontext():
                     numbers = _look(module, data, plan, device, epoch, ticker("validate"))
                     tell(numbers)
-                    if _judge(numbers, state, training, kind):
+                    if stopping.judge(numbers, state, training, kind):
                         best_weights.update({key: value.clone() for key, value in module.state_dict().items()})
-                _report_collapse(module, spread, numbers, state, training, report)
+                stopping.report_collapse(module, spread, numbers, state, training, report)
             # The last one is written below, when everything about the end is known.
             if (
                 state.step < plan.steps
@@ -265,73 +263,6 @@ def _look(
         found = evaluate.probe(module, data, plan, device, tick)
         numbers |= {f"probe/{name}": value for name, value in found.items()}
     return distributed.from_first(numbers)
-
-
-def _refuse_blind_stopping(training: Training, data: Data, plan: Plan) -> None:
-    """Refuse, before the first step, to stop by what this run will never measure."""
-    if training.early_stopping is None:
-        return
-    name, why = training.early_stopping.metric, None
-    if name.startswith("validation/") and data.validation is None:
-        why = "no validation samples: bring a validation split, or keep more labels and set data.validation_fraction"
-    elif name.startswith("probe/") and (not plan.probe_every or data.probe is None):
-        why = "no probes: only pretraining looks at its features"
-    elif not name.startswith(("train/", "validation/", "probe/")):
-        why = "nothing of that name: it is to begin with train/, validation/ or probe/"
-    if why is not None:
-        raise UserFault(f"training.early_stopping.metric: for {name!r} this run has {why}.", code="unknown_metric")
-
-
-def _judge(numbers: Mapping[str, float], state: State, training: Training, kind: str) -> bool:
-    """Say whether this is the best so far, by the metric of early stopping or else by what validation gives."""
-    wanted = training.early_stopping
-    known = {**state.metrics, **numbers}
-    if wanted is not None:
-        name, least = wanted.metric, wanted.min_delta
-        due = not name.startswith("probe/") or any(other.startswith("probe/") for other in numbers)
-        if name not in known and due:
-            raise UserFault(
-                f"training.early_stopping.metric: this run has no {name!r}; it has {', '.join(sorted(known))}.",
-                code="unknown_metric",
-            )
-    elif kind == "finetune":
-        name, least = next((n for n in ("validation/accuracy", "validation/loss") if n in numbers), ""), 0.0
-    else:
-        return False
-    value = numbers.get(name, None if name.startswith(("probe/", "validation/")) else state.metrics.get(name))
-    if value is None:
-        return False
-    before, falls = state.best["value"] if state.best is not None else None, evaluate.lower_is_better(name)
-    gain = math.inf if before is None else (before - value if falls else value - before)
-    better = gain > least if before is not None else math.isfinite(value)
-    if better:
-        state.best, state.waited = {"metric": name, "value": value, "step": state.step}, 0
-    else:
-        state.waited += 1
-    if wanted is not None and state.waited >= wanted.patience:
-        state.ended_by = "early_stopping"
-    return better
-
-
-def _report_collapse(
-    module: nn.Module, spread: float | None, numbers: Mapping[str, float], state: State, training: Training,
-    report: Reporter,
-) -> None:  # fmt: skip
-    found = {name.removeprefix("probe/"): value for name, value in numbers.items() if name.startswith("probe/")}
-    least = getattr(module, "least_spread", None)
-    if least is not None and spread is not None and spread < least:
-        message = f"The loss compares embeddings that hardly differ from sample to sample: a spread of {spread:.3g}."
-        found["train_spread"] = spread
-    elif found and collapsed(found):
-        message = "The features tell the samples hardly apart any more."
-    else:
-        return
-    if state.collapse_reported:
-        return
-    state.collapse_reported = True
-    report.event("representation.collapsed", message, level="warning", step=state.step, **found)
-    if training.stop_on_collapse:
-        state.ended_by = "collapse"
 
 
 def _refuse_non_finite(

@@ -1,0 +1,118 @@
+"""When the numbers of a run end it: early stopping by a metric, and a representation that has collapsed."""
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from app.domain.errors import UserFault
+from app.domain.spec import Training
+from worker.data.source import Data
+from worker.parts.metrics import collapsed
+from worker.parts.tuning import Plan
+from worker.report import Reporter
+from worker.state import State
+
+# How the names of metrics end that are better when they are higher, or lower.
+_RISING = (
+    "accuracy", "precision", "recall", "f1", "matched", "hit", "elbo", "effective_rank", "spread",
+)  # fmt: skip
+_FALLING = (
+    "loss", "error", "supervised", "kl", "reconstruction", "invariance", "variance", "covariance", "redundancy",
+    "frechet_distance", "uniformity", "alignment",
+)  # fmt: skip
+
+
+def refuse_blind(training: Training, data: Data, plan: Plan) -> None:
+    """Refuse, before the first step, to stop by what this run will never measure.
+
+    Raises:
+        UserFault: it has no validation samples, or no probes, or the metric's name begins with neither.
+    """
+    if training.early_stopping is None:
+        return
+    name, why = training.early_stopping.metric, None
+    if name.startswith("validation/") and data.validation is None:
+        why = "no validation samples: bring a validation split, or keep more labels and set data.validation_fraction"
+    elif name.startswith("probe/") and (not plan.probe_every or data.probe is None):
+        why = "no probes: only pretraining looks at its features"
+    elif not name.startswith(("train/", "validation/", "probe/")):
+        why = "nothing of that name: it is to begin with train/, validation/ or probe/"
+    if why is not None:
+        raise UserFault(f"training.early_stopping.metric: for {name!r} this run has {why}.", code="unknown_metric")
+
+
+def judge(numbers: Mapping[str, float], state: State, training: Training, kind: str) -> bool:
+    """Say whether this is the best so far, by the metric of early stopping or else by what validation gives.
+
+    What is best, how long nothing was better, and that this ends the run is noted in `state`.
+
+    Raises:
+        UserFault: early stopping looks at a metric that this run does not have, or that is no measure of quality.
+    """
+    wanted = training.early_stopping
+    known = {**state.metrics, **numbers}
+    if wanted is not None:
+        name, least = wanted.metric, wanted.min_delta
+        due = not name.startswith("probe/") or any(other.startswith("probe/") for other in numbers)
+        if name not in known and due:
+            raise UserFault(
+                f"training.early_stopping.metric: this run has no {name!r}; it has {', '.join(sorted(known))}.",
+                code="unknown_metric",
+            )
+    elif kind == "finetune":
+        name, least = next((n for n in ("validation/accuracy", "validation/loss") if n in numbers), ""), 0.0
+    else:
+        return False
+    value = numbers.get(name, None if name.startswith(("probe/", "validation/")) else state.metrics.get(name))
+    if value is None:
+        return False
+    before, falls = state.best["value"] if state.best is not None else None, _falls(name)
+    gain = math.inf if before is None else (before - value if falls else value - before)
+    better = gain > least if before is not None else math.isfinite(value)
+    if better:
+        state.best, state.waited = {"metric": name, "value": value, "step": state.step}, 0
+    else:
+        state.waited += 1
+    if wanted is not None and state.waited >= wanted.patience:
+        state.ended_by = "early_stopping"
+    return better
+
+
+def _falls(name: str) -> bool:
+    """Say which way a metric improves: whether lower is better.
+
+    Raises:
+        UserFault: nobody knows: of a loss that two networks fight about, or of what is no measure of quality at all.
+    """
+    last = name.rpartition("/")[2]
+    if last.endswith(_RISING):
+        return False
+    if last.endswith(_FALLING):
+        return True
+    raise UserFault(
+        f"training.early_stopping.metric: nobody knows whether {name!r} is to rise or to fall.", code="unknown_metric",
+        hint="Choose another metric, such as validation/loss.",
+    )  # fmt: skip
+
+
+def report_collapse(
+    module: nn.Module, spread: float | None, numbers: Mapping[str, float], state: State, training: Training,
+    report: Reporter,
+) -> None:  # fmt: skip
+    """Warn, once in a run, of features or embeddings that hardly differ from sample to sample; end it where asked."""
+    found = {name.removeprefix("probe/"): value for name, value in numbers.items() if name.startswith("probe/")}
+    least = getattr(module, "least_spread", None)
+    if least is not None and spread is not None and spread < least:
+        message = f"The loss compares embeddings that hardly differ from sample to sample: a spread of {spread:.3g}."
+        found["train_spread"] = spread
+    elif found and collapsed(found):
+        message = "The features tell the samples hardly apart any more."
+    else:
+        return
+    if state.collapse_reported:
+        return
+    state.collapse_reported = True
+    report.event("representation.collapsed", message, level="warning", step=state.step, **found)
+    if training.stop_on_collapse:
+        state.ended_by = "collapse"
