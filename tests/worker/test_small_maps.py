@@ -33,6 +33,18 @@ def windows_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_maps, "_WINDOW_CHANNELS", 1)
 
 
+def test_forward_alone_the_convolution_runs_over_all_but_the_smallest_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    real = small_maps._windows
+    monkeypatch.setattr(small_maps, "_windows", lambda *given: taken.append(given[0].shape[2]) or real(*given))
+    ours = nn.Conv2d(128, 4, 3, 2, 1, dtype=torch.bfloat16)
+    take_products(ours)
+    with torch.inference_mode():
+        for size in (4, 6):
+            ours(torch.randn(2, 128, size, size, dtype=torch.bfloat16))
+    assert taken == [4]
+
+
 def pair(kernel: Pair, stride: Pair, padding: Pair, *, bias: bool = True) -> tuple[nn.Conv2d, nn.Conv2d]:
     torch.manual_seed(0)
     own = nn.Conv2d(6, 5, kernel, stride, padding, bias=bias).double()
@@ -117,6 +129,7 @@ def test_windows_are_taken_where_they_were_measured_to_be_faster(
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         found, expected = ours(images), usual(images)
     assert found.dtype == dtype
+    torch.autograd.grad(found.float().sum(), ours.weight, retain_graph=True)
     assert bool(taken) == takes
     if not takes:
         assert torch.equal(found, expected)

@@ -8,9 +8,11 @@ convolution, 2.6 ms as a product.
 
 In bfloat16, convolutions with a stride go backward at a fifth of what the processor can do. As a product with the
 windows of the map, a batch of 128 from 256 to 512 channels, from 4x4 to 2x2, takes 5.6 ms in place of 15.3 (3x3), or
-0.7 in place of 2.1 (1x1). In float32, or without a stride, or over large maps, the convolution is the faster one.
+0.7 in place of 2.1 (1x1), forward and backward. In float32, or without a stride, or over large maps, the convolution is
+the faster one; forward alone it is so over more than 2x2 places.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Where the windows of a strided convolution are faster: in these dtypes, if it only picks places (1x1), or has at least
-# so many channels and at most so many new places. Measured with batches of 32 and 128.
-_WINDOW_DTYPES, _WINDOW_CHANNELS, _WINDOW_PLACES = (torch.bfloat16,), 128, 16
+# Where the windows of a strided convolution are faster backward: in these dtypes, if it only picks places (1x1), or has
+# at least so many channels and at most so many new places; forward over fewer places. Batches of 32, 128 and 256.
+_WINDOW_DTYPES, _WINDOW_CHANNELS, _WINDOW_PLACES, _FORWARD_PLACES = (torch.bfloat16,), 128, 16, 4
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -57,7 +59,8 @@ class SmallMapConv2d(nn.Conv2d):
     def _picks_few(self, input: Tensor) -> bool:
         rows, columns = self._places(input)
         few = self.in_channels >= _WINDOW_CHANNELS and rows * columns <= _WINDOW_PLACES
-        return max(self.stride) > 1 and (self.kernel_size == (1, 1) or few)
+        back = torch.is_grad_enabled() or rows * columns <= _FORWARD_PLACES
+        return max(self.stride) > 1 and back and (self.kernel_size == (1, 1) or few)
 
     def _places(self, input: Tensor) -> tuple[int, int]:
         assert not isinstance(self.padding, str)
@@ -127,7 +130,10 @@ class _Windows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
-        return _windows(x, weight, stride, padding) @ _filters(weight, x).T
+        if math.prod(_places(x.shape[2:], weight.shape[2:], stride, padding)) <= _FORWARD_PLACES:
+            return _windows(x, weight, stride, padding) @ _filters(weight, x).T
+        made = F.conv2d(x, weight.to(x.dtype), None, stride, padding)
+        return made.permute(0, 2, 3, 1).reshape(-1, len(weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
