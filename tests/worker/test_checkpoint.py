@@ -102,6 +102,26 @@ def test_a_full_disk_is_a_failure_and_leaves_nothing_half(tmp_path: Path) -> Non
     checkpoint.read(tmp_path / "earlier")
 
 
+def test_the_bytes_are_on_disk_before_the_name_and_the_name_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    sync, replace = checkpoint.sync, Path.replace
+
+    def synced(path: Path) -> None:
+        done.append(("sync", path.name))
+        sync(path)
+
+    def replaced(path: Path, target: Path) -> Path:
+        done.append(("replace", path.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(checkpoint, "sync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    checkpoint.write(tmp_path / "c", contents())
+    assert done == [("sync", ".c.partial"), ("replace", ".c.partial"), ("sync", tmp_path.name)]
+
+
 def die_at(point: int) -> None:
     """End this process without a word at its n-th call of one of these."""
     passes = 0

@@ -93,8 +93,9 @@ def test_the_centre_follows_the_teachers_mean_and_the_last_layer_waits() -> None
     module.after_backward(Progress(5, 10, 1, 2))
     assert module.projector.prototypes.grad is not None
     before = module.get_buffer("centre").clone()
-    module.eval()(batches[0], START)
     module._means.clear()
+    module.eval()(batches[0], START)
+    assert not module._means, "what is looked at for validation is not of the next step"
     assert torch.equal(module.get_buffer("centre"), before)
 
 

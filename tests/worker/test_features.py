@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import ResourceFault
@@ -38,8 +38,9 @@ def cached(made: Assembly, folder: Path, budget: int = 10**9, **given: Any) -> F
         **given,
     }  # fmt: skip
     return cache_prefix(
-        made.data.train, made.data, prefix_of(made), device=made.device, shelf=Shelf(folder, budget), **options
-    )
+        made.data.train, made.data, features.identify(prefix_of(made), options["plan"], made.device),
+        device=made.device, shelf=Shelf(folder, budget), **options,
+    )  # fmt: skip
 
 
 def prefix_of(made: Assembly) -> nn.Module:
@@ -68,9 +69,21 @@ def test_a_network_that_autocast_computes_low_throughout_is_converted_once(
         training={"precision": "bfloat16", "batch_size": 16, "epochs": 1},
     )  # fmt: skip
     made = assemble(sets.order(body, digits, tmp_path), sets.Heard().reporter)
+    seen: set[torch.dtype] = set()
+    convolve = torch.nn.Conv2d._conv_forward
+
+    def watched(layer: nn.Conv2d, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.add(weight.dtype)
+        return convolve(layer, image, weight, bias)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", watched)
     before = cached(made, tmp_path / "once")
+    # In float32 it runs once to be compared with its folded copy, and once for the shape of what it gives.
+    assert torch.bfloat16 in seen
     monkeypatch.setattr(features, "is_plain", lambda _: False)
+    seen.clear()
     cast_in_every_pass = cached(made, tmp_path / "always")
+    assert seen == {torch.float32}
     torch.testing.assert_close(before.values, cast_in_every_pass.values, atol=0.05, rtol=0.05)
 
 

@@ -1,6 +1,7 @@
 """The sign of life: there, fresh, old."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ def test_a_worker_is_healthy_while_its_sign_is_fresh(tmp_path: Path) -> None:
     os.utime(health.sign_of_life(tmp_path), (old, old))
     answer = ask(tmp_path)
     assert answer.returncode == 1
-    assert "120 seconds ago" in answer.stdout
+    assert re.search(r"12\d seconds ago", answer.stdout)
 
 
 def test_asking_is_cheap() -> None:

@@ -82,7 +82,7 @@ def test_pasted_lines_reach_the_reported_accuracy(name: str, digits: DatasetFact
     answers = paste(folder, len(labels))
     accuracy = sum(answer == label for answer, label in zip(answers, labels, strict=True)) / len(labels)
     assert accuracy == pytest.approx(last.metrics["test/accuracy"], abs=0.001)
-    assert accuracy > 0.5
+    assert accuracy > 0.3, "chance is 0.1"
 
 
 def test_a_fine_tune_starts_from_the_backbone_of_a_model(digits: DatasetFacts, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -74,21 +75,27 @@ def steps(network: Network, optimizer: optim.Optimizers, count: int) -> None:
         optimizer.zero_grad()
 
 
+BETAS = {"betas": (0.7, 0.95)}
 REFERENCES = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.0, momentum=0.9),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.0),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.0),
+    "sgd": (torch.optim.SGD, {}, {"momentum": 0.9}),
+    "sgd, nesterov": (torch.optim.SGD, {"momentum": 0.5, "nesterov": True}, {"momentum": 0.5, "nesterov": True}),
+    "sgd, no momentum": (torch.optim.SGD, {"momentum": 0.0}, {}),
+    "adam": (torch.optim.Adam, {}, {}),
+    "adam, betas": (torch.optim.Adam, BETAS, BETAS),
+    "adamw": (torch.optim.AdamW, {}, {}),
+    "adamw, betas": (torch.optim.AdamW, BETAS, BETAS),
 }
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_an_optimiser_is_torchs_plain_one(name: str) -> None:
+    torchs, asked, given = REFERENCES[name]
     one, other = Network(), Network()
-    steps(one, optim.build(optim.groups(one), Optimizer.model_validate({"name": name})), 5)
+    steps(one, optim.build(optim.groups(one), Optimizer.model_validate({"name": name.split(",")[0], **asked})), 5)
     trained = [p for p in other.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and p is not other.pos_embedding]
     rest = [p for p in trained if not any(p is each for each in decayed)]
-    reference = REFERENCES[name]([{"params": decayed}, {"params": rest}])
+    reference = torchs([{"params": decayed}, {"params": rest}], lr=0.0, **given)
     for number in range(5):
         for group, decay in zip(reference.param_groups, (0.1, 0.0), strict=True):
             group["lr"], group["weight_decay"] = 0.01 * (number + 1), decay
@@ -97,6 +104,31 @@ def test_an_optimiser_is_torchs_plain_one(name: str) -> None:
         reference.zero_grad()
     for (key, value), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(value, expected, msg=key)
+
+
+@pytest.mark.parametrize("asked", [{}, {"momentum": 0.6, "nesterov": True}])
+def test_muon_is_torchs_over_filters_as_matrices(asked: dict[str, Any]) -> None:
+    one, other = Network(), Network()
+    steps(one, optim.build(optim.groups(one), Optimizer.model_validate({"name": "muon", **asked})), 5)
+    matrix = nn.Parameter(other.stem.weight.detach().reshape(8, -1).clone())
+    options: dict[str, Any] = {"momentum": 0.9, "nesterov": False, **asked}
+    reference = torch.optim.Muon([matrix], lr=0.0, adjust_lr_fn="match_rms_adamw", **options)
+    for number in range(5):
+        # The rest of the network moves as AdamW moves it, and with it the gradients of the filters.
+        other.load_state_dict({**part_way(number, asked), "stem.weight": matrix.detach().reshape(8, 3, 3, 3)})
+        other.loss().backward()
+        assert other.stem.weight.grad is not None
+        matrix.grad = other.stem.weight.grad.reshape(8, -1).clone()
+        other.zero_grad()
+        reference.param_groups[0]["lr"], reference.param_groups[0]["weight_decay"] = 0.01 * (number + 1), 0.1
+        reference.step()
+    torch.testing.assert_close(one.stem.weight.detach().reshape(8, -1), matrix.detach())
+
+
+def part_way(count: int, asked: dict[str, Any]) -> dict[str, torch.Tensor]:
+    network = Network()
+    steps(network, optim.build(optim.groups(network), Optimizer.model_validate({"name": "muon", **asked})), count)
+    return network.state_dict()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

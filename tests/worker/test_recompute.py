@@ -60,7 +60,21 @@ def test_without_gradients_nothing_runs_twice() -> None:
     architecture, size = ARCHITECTURES["small_cnn"]
     plain = build_backbone(architecture, channels=3, image_size=size, seed=1).eval()
     images = torch.rand(4, 3, size, size)
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    convolutions = [layer for layer in plain.modules() if isinstance(layer, nn.Conv2d)]
+    for layer in convolutions:
+        layer.register_forward_hook(count)
     with torch.no_grad():
         before = plain(images)
+        once, passes = passes, 0
         recompute_stages(plain)
         assert torch.equal(plain(images), before)
+    assert passes == once >= len(convolutions)
+    passes = 0
+    plain(images).sum().backward()
+    assert passes > once, "or hooks would count nothing"

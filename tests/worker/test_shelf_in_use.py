@@ -97,7 +97,7 @@ def test_what_another_process_reads_stays_until_it_is_dead(tmp_path: Path) -> No
 def test_a_process_that_a_reader_starts_holds_nothing(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, 150)
     reader = used(shelf, "a", 100)
-    with subprocess.Popen(["sleep", "5"]) as process:
+    with subprocess.Popen(["sleep", "5"], close_fds=False) as process:
         del reader
         entry(shelf, "b", 100)
         process.kill()

@@ -108,8 +108,12 @@ def test_a_cached_frozen_prefix_gives_the_accuracy_of_an_uncached_one(
             "model": "mdl_" + "a" * 26}  # fmt: skip
     heard, cached = sets.finished(sets.order(body, facts, tmp_path / "cached", model=base))
     assert "features.cached" in heard.codes()
-    again, _ = sets.finished(sets.order(body, facts, tmp_path / "cached", model=base))
-    assert sets.weights_sha256(sets.order(body, facts, tmp_path / "cached")), "the second use reads the same features"
+    order = sets.order(body, facts, tmp_path / "cached", model=base)
+    weights = sets.weights_sha256(order)
+    again, _ = sets.finished(order)
+    told = next(message for message in again.of(Event) if message.code == "features.cached")
+    assert told.data["found"], "the second use reads the same features"
+    assert sets.weights_sha256(order) == weights
     assert again.metrics() == heard.metrics()
     monkeypatch.setattr(image_classification.Classifier, "frozen_prefix", None)
     heard, plain = sets.finished(sets.order(body, facts, tmp_path / "plain", model=base))

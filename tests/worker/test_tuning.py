@@ -185,28 +185,45 @@ def test_this_machine_can_be_looked_at() -> None:
     assert machine.provenance("cpu") == {**found, "engine": sources.digest()}
 
 
+def take_over(begun: Plan, hardware: Hardware, **asked: Any) -> Plan:
+    return taken_over(begun, "convolutional", hardware, asked=Training(**asked))
+
+
 def test_what_this_machine_cannot_do_is_done_otherwise_and_has_its_reason() -> None:
     begun = resolve(compile=True).model_copy(update={"precision": "float16", "accumulate": 2})
-    made = taken_over(begun, "convolutional", OLD)
+    made = take_over(begun, OLD)
     assert (made.compile, made.precision) == (False, "float32")
     assert "no C++ compiler" in made.reasons["compile"]
     assert "float16" in made.reasons["precision"]
     assert "no bfloat16 instructions" in made.reasons["precision"]
     kept = made.model_copy(update={each: getattr(begun, each) for each in ("compile", "precision", "reasons")})
     assert kept == begun, "and nothing else"
-    assert taken_over(begun, "convolutional", AMD).precision == "bfloat16"
-    assert taken_over(begun, "convolutional", AMD).compile is True
-    assert taken_over(made, "convolutional", OLD) == made, "every process of a run comes to the same"
+    assert take_over(begun, AMD).precision == "bfloat16"
+    assert take_over(begun, AMD).compile is True
+    assert take_over(made, OLD) == made, "every process of a run comes to the same"
+
+
+def test_bfloat16_that_is_asked_for_is_said_to_be_slow_where_there_are_no_instructions_for_it() -> None:
+    assert "400 times" in resolve(hardware=OLD, precision="bfloat16").reasons["precision"]
+    assert resolve(precision="bfloat16").reasons["precision"] == "as asked"
+
+
+def test_bfloat16_goes_on_where_there_are_no_instructions_for_it_only_if_it_was_asked_for() -> None:
+    begun = resolve()
+    made = take_over(begun, OLD)
+    assert (begun.precision, made.precision) == ("bfloat16", "float32")
+    assert "began in bfloat16" in made.reasons["precision"]
+    assert take_over(begun, OLD, precision="bfloat16") == begun
+    assert take_over(begun, replace(GPU, bfloat16=False)).precision == "bfloat16", "a GPU computes it, slowly"
 
 
 def test_what_this_machine_would_merely_not_have_chosen_stays() -> None:
     begun = resolve()
-    assert taken_over(begun, "convolutional", OLD) == begun, "bfloat16 without instructions for it is slow, not wrong"
-    assert taken_over(begun, "convolutional", replace(AMD, threads=8)) == begun
+    assert take_over(begun, replace(AMD, threads=8)) == begun
     half = resolve(hardware=replace(GPU, compiler=False), precision="float16", compile=True)
-    assert taken_over(half, "convolutional", replace(GPU, compiler=False)) == half
-    assert taken_over(half, "convolutional", AMD).device == "cpu"
-    assert taken_over(begun, "convolutional", GPU).device == "cuda"
+    assert take_over(half, replace(GPU, compiler=False)) == half
+    assert take_over(half, AMD).device == "cpu"
+    assert take_over(begun, GPU).device == "cuda"
 
 
 def test_the_plan_that_came_last_is_the_one_that_spares_more_memory() -> None:

@@ -34,6 +34,15 @@ BATCH_PIXELS = 128 * 64 * 64  # of a forward pass: what still fits a processor's
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Frozen layers, with what names their output and what that looks like."""
+
+    module: nn.Module
+    digest: str
+    shape: tuple[int, ...]  # of the output for one image
+
+
+@dataclass(frozen=True)
 class Features:
     """Rows of cached prefix outputs, `views` of them per sample, one chosen by each batch in turn."""
 
@@ -96,18 +105,26 @@ def _not_cached(why: str, needed: int, reporter: Reporter) -> str:
     return why
 
 
+def identify(module: nn.Module, plan: Plan, device: torch.device) -> Prefix:
+    """Hash frozen layers that lie where they will run, which takes a while, and run them on one image."""
+    image = torch.zeros(1, plan.channels, plan.image_size, plan.image_size, device=device)
+    with torch.inference_mode():
+        made: Tensor = module.eval()(image)
+    return Prefix(module, digest(module), tuple(made.shape[1:]))
+
+
 def entry_of(
-    source: Source, prefix: nn.Module, *, views: int, seed: int, augmented: bool, plan: Plan, device: torch.device,
+    source: Source, prefix: Prefix, *, views: int, seed: int, augmented: bool, plan: Plan, device: torch.device,
     key: Sequence[object],
 ) -> tuple[str, dict[str, Array]]:  # fmt: skip
     """Name the entry of what a prefix gives for every row, and say what is in it; arguments as for `cache_prefix`."""
-    arrays = _arrays(views, len(source), _shape(prefix, plan, device))
+    arrays = _arrays(views, len(source), prefix.shape)
     drawn = seed if augmented else None
-    return key_of(prefix, plan, device, batch_size(plan), views, drawn, arrays["values"].shape, *key), arrays
+    return key_of(prefix.digest, plan, device, batch_size(plan), views, drawn, arrays["values"].shape, *key), arrays
 
 
 def cache_prefix(
-    source: Source, data: Data, prefix: nn.Module, *, views: int, seed: int, augmented: bool, plan: Plan,
+    source: Source, data: Data, prefix: Prefix, *, views: int, seed: int, augmented: bool, plan: Plan,
     device: torch.device, key: Sequence[object], shelf: Shelf, reporter: Reporter,
 ) -> Features:  # fmt: skip
     """Compute the prefix's output for every row, or find it.
@@ -127,11 +144,11 @@ def cache_prefix(
     def fill(arrays: dict[str, Tensor]) -> None:
         began = time.monotonic()
         first = source.batch(torch.arange(min(2, rows)))
-        runs = folded(prefix, compute.laid_out(data.ready(first, device), plan)["image"])
+        runs = folded(prefix.module, compute.laid_out(data.ready(first, device), plan)["image"])
         dtype = torch.float32
-        if runs is not prefix:
+        if runs is not prefix.module:
             keep_matrices(runs)
-        if runs is not prefix and plan.precision == "bfloat16" and is_plain(runs):
+        if runs is not prefix.module and plan.precision == "bfloat16" and is_plain(runs):
             dtype = torch.bfloat16
             runs = runs.to(dtype)
         passes = in_pieces(lambda piece: runs(piece["image"].to(dtype)).to(torch.bfloat16).cpu())
@@ -175,26 +192,19 @@ def _avoided(cached: Features, epochs: int) -> int:
     return epochs - (0 if cached.found else len(cached.values))
 
 
-def key_of(network: nn.Module, plan: Plan, device: torch.device, *more: object) -> str:
+def key_of(network: str, plan: Plan, device: torch.device, *more: object) -> str:
     """Name what a frozen network gives, by all that decides its bits: layers, weights, plan and machine.
 
     Args:
+        network: its `digest`.
         more: names the pixels, the architecture, and what is done with them.
     """
     how = plan.model_dump(mode="json", include=DECIDES)
-    return entry_key("features", POLICY, digest(network), how, machine.fingerprint(device.type), *more)
+    return entry_key("features", POLICY, network, how, machine.fingerprint(device.type), *more)
 
 
 def _arrays(views: int, rows: int, shape: tuple[int, ...]) -> dict[str, Array]:
     return {"values": Array(torch.bfloat16, (views, rows, *shape)), "seconds": Array(torch.float64, (1,))}
-
-
-def _shape(prefix: nn.Module, plan: Plan, device: torch.device) -> tuple[int, ...]:
-    """Find the shape of what the prefix gives for one image."""
-    image = torch.zeros(1, plan.channels, plan.image_size, plan.image_size, device=device)
-    with torch.inference_mode():
-        made: Tensor = prefix.eval()(image)
-    return tuple(made.shape[1:])
 
 
 def batch_size(plan: Plan) -> int:
@@ -209,7 +219,7 @@ def digest(module: nn.Module) -> str:
     found = hashlib.sha256(repr(module).encode())
     for name, value in sorted(module.state_dict().items()):
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 

@@ -177,6 +177,8 @@ def resolve(
         raise UserFault(
             "training.precision: float16 has no usable arithmetic on a CPU; use bfloat16 or float32.", code="precision"
         )
+    if chosen_precision == "bfloat16" and hardware.device == "cpu" and not hardware.bfloat16:
+        reasons["precision"] += "; this processor has no instructions for it, and takes 10 to 400 times as long"
     if chosen_precision == "float16" and optimizer.name == "muon":
         raise UserFault("training.optimizer: muon needs bfloat16 or float32, not float16.", code="precision")
     laid = choices.memory_format(work.family, hardware)

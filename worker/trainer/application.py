@@ -64,7 +64,7 @@ def run(order: Order, reporter: Reporter) -> Finished:
         samples=max(sum(facts.splits.values()), 1), pretrained=True,
     )  # fmt: skip
     hardware = machine.look(device.type, threads)
-    plan = taken_over(given, work.family, hardware) if given is not None else tuning.resolve(
+    plan = taken_over(given, work.family, hardware, asked=spec.training) if given is not None else tuning.resolve(
         spec.training.model_copy(update={"epochs": 1, "steps": None}), work, hardware,
         mean=normal[0], std=normal[1], fingerprint=machine.provenance(device.type),
     )  # fmt: skip
@@ -234,8 +234,9 @@ class Seen:
                 raise UserFault("model: it gives features that are not finite.", code="features_not_finite")
 
         key = features.key_of(
-            self.backbone, plan, self.device, "float32", plan.batch_size, source.key, self.network.architecture
-        )
+            features.digest(self.backbone), plan, self.device, "float32", plan.batch_size, source.key,
+            self.network.architecture,
+        )  # fmt: skip
         found, _ = cached_rows(
             shelf_of(self.order), key, {"values": Array(torch.float32, (rows, dimension))}, fill,
             lambda done: self.tick(phase, done, rows),

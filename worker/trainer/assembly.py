@@ -130,7 +130,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
             cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
         )  # fmt: skip
     else:
-        plan = tuning.spread(taken_over(plan, family, hardware), processes)
+        plan = tuning.spread(taken_over(plan, family, hardware, asked=spec.training), processes)
     made = Assembly(spec, recipe, params, plan, network, info, objective, data, device, facts)
     if is_first:
         made = replace(made, plan=_with_views(made, shelf, reporter))
@@ -155,11 +155,11 @@ def start(
     compute.settle(made.plan)
     if made.plan.compile:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(order.cache) / "compiled")  # 2.5 s the next time, not 26
-    prefix: nn.Module | None = getattr(made.objective, "frozen_prefix", None)
-    if not made.plan.prefix_views or prefix is None:
+    layers: nn.Module | None = getattr(made.objective, "frozen_prefix", None)
+    if not made.plan.prefix_views or layers is None:
         return made
     compute.place(made.objective, made.plan, made.device)
-    shelf = shelf_of(order)
+    prefix, shelf = features.identify(layers, made.plan, made.device), shelf_of(order)
 
     def cached(source: Source, views: int) -> features.Features:
         return features.cache_prefix(
@@ -185,13 +185,14 @@ def _with_views(made: Assembly, shelf: Shelf, reporter: Reporter) -> Plan:
     what is kept is rounded to bfloat16.
     """
     plan, data = made.plan, made.data
-    prefix: nn.Module | None = getattr(made.objective, "frozen_prefix", None)
+    layers: nn.Module | None = getattr(made.objective, "frozen_prefix", None)
     views, why = 0, getattr(made.objective, "no_prefix", None)
-    if prefix is not None:
-        placed = compute.place(copy.deepcopy(prefix), plan, made.device)  # as it will be when its output is wanted
+    if layers is not None:
+        placed = compute.place(copy.deepcopy(layers), plan, made.device)  # as they will be when their output is wanted
+        prefix = features.identify(placed, plan, made.device)
         read = [cast(Any, each).source.key for each in (data.train, data.validation, data.test) if each is not None]
         views, why = features.choose_views(
-            plan, lambda views: _entries(made, placed, views), augmented=data.prepare is not None, shelf=shelf,
+            plan, lambda views: _entries(made, prefix, views), augmented=data.prepare is not None, shelf=shelf,
             beside=set(read), reporter=reporter,
         )  # fmt: skip
     if why is None:
@@ -199,7 +200,7 @@ def _with_views(made: Assembly, shelf: Shelf, reporter: Reporter) -> Plan:
     return plan.model_copy(update={"prefix_views": views, "reasons": {**plan.reasons, "prefix_views": why}})
 
 
-def _entries(made: Assembly, prefix: nn.Module, views: int) -> Mapping[str, int]:
+def _entries(made: Assembly, prefix: features.Prefix, views: int) -> Mapping[str, int]:
     """Name the entries of the shelf that hold what the prefix gives for this run's samples, with their bytes."""
     wanted = [(made.data.train, views)]
     if made.data.validation is not None:
