@@ -62,9 +62,9 @@ class Features:
 
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """Give the rows of these numbers, each in another of its views from epoch to epoch."""
-        views = (rows + epoch) % len(self.values)
-        numbers = self.source.numbers(rows)
-        return {"prefix": self.values[views, rows].float(), "label": self.labels[rows], "index": numbers}
+        drawn = (rows + epoch) % len(self.values) * len(self) + rows
+        prefix = self.values.flatten(0, 1).index_select(0, drawn).float()  # half the time of indexing by two numbers
+        return {"prefix": prefix, "label": self.labels[rows], "index": self.source.numbers(rows)}
 
     def numbers(self, rows: Tensor) -> Tensor:
         """Give the sample numbers of these rows."""
