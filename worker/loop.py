@@ -62,7 +62,7 @@ def train(
     Raises:
         UserFault: the loss is not finite, or early stopping looks at a metric that this run does not have.
     """
-    stopping.refuse_blind(training, data, plan)
+    stopping.refuse_blind(training, module, data, plan)
     objective = cast(Any, module)
     compute.settle(plan)
     compute.place(module, plan, device)
@@ -208,7 +208,9 @@ def train(
             average.keep()
         if best_weights and (wish == "stop" or training.early_stopping is not None):
             module.load_state_dict(best_weights)
-            if kind == "pretrain":  # a fine-tune is measured once more in any case
+            if (
+                kind == "pretrain" and (state.best or {}).get("step") != state.step
+            ):  # a fine-tune is measured in any case
                 state.note(_look(module, data, plan, device, plan.epochs - 1, ticker("validate")))
     distributed.separate_norms(module)
     report.send(clock.shown(state.step))

@@ -15,7 +15,7 @@ from worker.state import State
 
 # How the names of metrics end that are better when they are higher, or lower.
 _RISING = (
-    "accuracy", "precision", "recall", "f1", "matched", "hit", "elbo", "effective_rank", "spread",
+    "accuracy", "precision", "recall", "f1", "matched", "hit", "nmi", "purity", "elbo", "effective_rank", "spread",
 )  # fmt: skip
 _FALLING = (
     "loss", "error", "supervised", "kl", "reconstruction", "invariance", "variance", "covariance", "redundancy",
@@ -23,21 +23,24 @@ _FALLING = (
 )  # fmt: skip
 
 
-def refuse_blind(training: Training, data: Data, plan: Plan) -> None:
-    """Refuse, before the first step, to stop by what this run will never measure.
+def refuse_blind(training: Training, module: nn.Module, data: Data, plan: Plan) -> None:
+    """Refuse, before the first step, to stop by what this run will never measure, or by a loss of opponents.
 
     Raises:
-        UserFault: it has no validation samples, or no probes, or the metric's name begins with neither.
+        UserFault: it has no validation samples, or no probes; the metric's name begins with none of the three prefixes;
+            or it is the sum of what two networks fight about, which does not fall when both become better.
     """
     if training.early_stopping is None:
         return
     name, why = training.early_stopping.metric, None
     if name.startswith("validation/") and data.validation is None:
-        why = "no validation samples: bring a validation split, or keep more labels and set data.validation_fraction"
+        why = "no validation samples: bring a validation split"
     elif name.startswith("probe/") and (not plan.probe_every or data.probe is None):
         why = "no probes: only pretraining looks at its features"
     elif not name.startswith(("train/", "validation/", "probe/")):
         why = "nothing of that name: it is to begin with train/, validation/ or probe/"
+    elif name == "train/loss" and hasattr(module, "opponents"):
+        why = "opponents, whose loss says nothing of how good either is: use a metric of probe/"
     if why is not None:
         raise UserFault(f"training.early_stopping.metric: for {name!r} this run has {why}.", code="unknown_metric")
 
@@ -83,7 +86,7 @@ def _falls(name: str) -> bool:
     """Say which way a metric improves: whether lower is better.
 
     Raises:
-        UserFault: nobody knows: of a loss that two networks fight about, or of what is no measure of quality at all.
+        UserFault: nobody knows, because it is no measure of quality, such as a learning rate.
     """
     last = name.rpartition("/")[2]
     if last.endswith(_RISING):

@@ -135,7 +135,10 @@ def _check_stopping(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -
         if sets_apart and spec.data.validation_fraction == 0:
             message = "the dataset has no validation split, and data.validation_fraction is 0."
         elif not sets_apart:
-            message = f"the dataset has no validation split, and {recipe.name} sets no samples apart: use train/loss."
+            message = (
+                f"the dataset has no validation split, and {recipe.name} sets no samples apart: use a metric of train/ "
+                "or probe/."
+            )
         else:
             return
         yield Detail(pointer=where, message=f"There is nothing to measure {name} on: {message}")

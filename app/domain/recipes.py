@@ -129,7 +129,7 @@ def _missing(spec: Spec, recipe: Published) -> Iterable[Detail]:
     if spec.training.precision == "float16" and spec.resources.device == "cpu":
         yield Detail(
             pointer="/training/precision",
-            message="float16 has no usable arithmetic on a CPU: use bfloat16 or float32.",
+            message="float16 has no usable arithmetic on a CPU: use auto or float32.",
         )
     if spec.data.labels_per_class is not None and spec.data.label_fraction != 1:
         yield Detail(

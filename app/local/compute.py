@@ -20,7 +20,7 @@ print(json.dumps({
     "onednn": torch.backends.mkldnn.is_available(),
     "threads": torch.get_num_threads(),
     "gpus": [torch.cuda.get_device_properties(i).name for i in range(torch.cuda.device_count())] if cuda else [],
-    "gpu_bf16": bool(cuda and torch.cuda.is_bf16_supported()),
+    "gpu_bf16": bool(cuda and torch.cuda.is_bf16_supported(including_emulation=False)),
 }))
 """
 

@@ -80,7 +80,7 @@ def last_stage(bench: Bench) -> Pair:
 
 @workload("head_20_epochs_over_forward", "s", 1.25, "cost")
 def head_over_forward(bench: Bench) -> Pair:
-    """20 epochs of the head, from the plan to the saved model, against one bfloat16 forward pass over the data."""
+    """20 epochs of the head, from the plan to the saved model, against one forward pass in the plan's precision."""
     folder, start = bench.part(10_000), trunk(bench, {"architecture": "resnet18", "image_size": 64}, **SGD)
     cache = bench.work / f"cache-forward-{bench.seed}"
     spec = _frozen_spec(bench, "head", epochs=20)

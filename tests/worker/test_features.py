@@ -49,11 +49,16 @@ def prefix_of(made: Assembly) -> nn.Module:
     return prefix
 
 
-def test_a_row_is_what_the_prefix_gives_to_the_nearest_bfloat16(made: Assembly, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_row_is_what_the_prefix_gives_to_the_nearest_bfloat16(
+    precision: str, digits: DatasetFacts, tmp_path: Path
+) -> None:
+    body = sets.spec(params={"trainable": "last:1", "augmentation": "light"}, training={"precision": precision})
+    made = assemble(sets.order(body, digits, tmp_path), sets.Heard().reporter)
     found = cached(made, tmp_path / "f")
     rows = torch.tensor([3, 100, 0])
     prefix = prefix_of(made)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=made.plan.precision == "bfloat16"):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         expected = prefix.eval()(made.data.ready(made.data.train.batch(rows), made.device)["image"])
     batch = found.batch(rows)
     torch.testing.assert_close(batch["prefix"], expected.float(), atol=0.02, rtol=0.02)
@@ -62,13 +67,14 @@ def test_a_row_is_what_the_prefix_gives_to_the_nearest_bfloat16(made: Assembly, 
 
 
 def test_a_network_that_autocast_computes_low_throughout_is_converted_once(
-    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = sets.spec(
         model={"architecture": "resnet18", "image_size": 32}, params={"trainable": "head", "augmentation": "none"},
         training={"precision": "bfloat16", "batch_size": 16, "epochs": 1},
     )  # fmt: skip
-    made = assemble(sets.order(body, digits, tmp_path), sets.Heard().reporter)
+    facts = sets.write_set(tmp_path / "set", sets.digits(30, 10))
+    made = assemble(sets.order(body, facts, tmp_path), sets.Heard().reporter)
     seen: set[torch.dtype] = set()
     convolve = torch.nn.Conv2d._conv_forward
 
@@ -93,7 +99,7 @@ def test_a_frozen_network_whose_last_maps_are_products_trains_from_its_cache(
 ) -> None:
     body = sets.spec(
         model={"architecture": "resnet18", "image_size": 32}, params={"trainable": trainable, "augmentation": "none"},
-        training={"precision": "bfloat16", "batch_size": 64, "steps": 3},
+        training={"batch_size": 64, "steps": 3},
     )  # fmt: skip
     heard, _ = sets.finished(sets.order(body, digits, tmp_path))
     assert heard.of(Planned)[0].plan["small_map_products"]
@@ -107,6 +113,8 @@ def test_views_take_turns_from_epoch_to_epoch(made: Assembly, tmp_path: Path) ->
     for epoch in range(3):
         assert torch.equal(views[epoch], views[epoch + 3])
         assert not torch.equal(views[epoch], views[(epoch + 1) % 3])
+        for place, row in enumerate(rows.tolist()):
+            assert torch.equal(views[epoch][place], found.values[(row + epoch) % 3, row].float())
 
 
 def test_the_key_tells_apart_what_differs(made: Assembly, tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ START, LATER = Progress(0, 100, 0, 1), Progress(1, 100, 0, 1)
 
 
 def make(
-    facts: DatasetFacts, folder: Path, *, model: dict[str, Any] = sets.NETWORK, **params: Any
+    facts: DatasetFacts, folder: Path, *, model: dict[str, Any] = sets.NETWORK, precision: str = "auto", **params: Any
 ) -> tuple[Assembly, gan.Gan]:
-    body = sets.spec("gan", params=params, model=model)
+    body = sets.spec("gan", params=params, model=model, training={"precision": precision})
     made = assemble(sets.order(body, facts, folder), sets.Heard().reporter)
     compute.place(made.objective, made.plan, made.device)
     return made, cast(gan.Gan, made.objective.train())
@@ -94,7 +94,9 @@ def test_the_penalty_of_two_processes_trains_as_that_of_one(tmp_path: Path) -> N
 def test_the_penalty_comes_every_so_often_and_weighs_the_more(
     network: dict[str, Any], digits: DatasetFacts, tmp_path: Path
 ) -> None:
-    made, module = make(digits, tmp_path, model=network, r1_weight=3.0, r1_every=4, augmentation=[])
+    made, module = make(
+        digits, tmp_path, model=network, precision="bfloat16", r1_weight=3.0, r1_every=4, augmentation=[]
+    )  # fmt: skip
     batch = batch_of(made)
     for step in range(9):
         with compute.autocast(made.plan, made.device):

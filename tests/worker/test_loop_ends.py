@@ -175,6 +175,15 @@ def test_what_a_run_will_never_measure_is_refused_before_its_first_step(metric: 
     assert not [call for call in module.calls if call.startswith("forward")]
 
 
+def test_a_loss_that_is_a_sum_of_opposed_ones_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    module = Recording()
+    module.opponents = {"one": ("backbone",)}  # type: ignore[assignment]
+    training = Training(epochs=2, batch_size=4, early_stopping=EarlyStopping(metric="train/loss"))
+    with pytest.raises(UserFault, match="opponents"):
+        train(module, training, tmp_path, with_data=data(Rows()))
+    assert not [call for call in module.calls if call.startswith("forward")]
+
+
 def test_a_number_that_is_no_measure_of_quality_does_not_stop_a_run(tmp_path: Path) -> None:
     training = Training(epochs=2, batch_size=4, early_stopping=EarlyStopping(metric="train/learning_rate"))
     with pytest.raises(UserFault, match="whether 'train/learning_rate' is to rise or to fall"):

@@ -83,11 +83,12 @@ def test_gradients_of_gradients_are_right(kernel: int, stride: int, size: int) -
 
 
 @pytest.mark.usefixtures("windows_everywhere")
-@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 2), (1, 2, 4)])
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 2), (1, 2, 4), (1, 2, 6), (3, 2, 6)])
 def test_what_follows_may_change_the_map_in_place(kernel: int, stride: int, size: int) -> None:
     own, ours = pair(kernel, stride, kernel // 2, bias=False)
-    images = torch.randn(2, 6, size, size, dtype=torch.double)
+    images = torch.randn(2, 6, size, size, dtype=torch.double).to(memory_format=torch.channels_last)
     for layer in (own, ours):
+        layer.to(memory_format=torch.channels_last)
         nn.functional.relu(layer(images), inplace=True).square().sum().backward()
     torch.testing.assert_close(ours.weight.grad, own.weight.grad)
 

@@ -155,12 +155,12 @@ def test_a_later_attempt_uses_the_first_ones_plan(digits: DatasetFacts, tmp_path
     heard, _ = sets.finished(first)
     planned = heard.of(Planned)[0]
     later = sets.order(
-        sets.spec(), digits, tmp_path / "two", plan={**planned.plan, "precision": "float32"}, attempt=2,
+        sets.spec(), digits, tmp_path / "two", plan={**planned.plan, "memory_format": "contiguous"}, attempt=2,
         threads=2,
     )  # fmt: skip
     heard, _ = sets.finished(later)
     again = heard.of(Planned)[0]
-    assert (again.plan["precision"], again.plan["threads"], again.exact) == ("float32", 1, True)
+    assert (again.plan["memory_format"], again.plan["threads"], again.exact) == ("contiguous", 1, True)
     assert torch.get_num_threads() == 1
 
 

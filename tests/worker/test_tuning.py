@@ -152,6 +152,24 @@ def test_no_figure_of_a_processor_is_said_of_a_gpu() -> None:
     assert "after 26 s" in resolve().reasons["compile"]
 
 
+def test_where_there_are_no_instructions_for_bfloat16_no_reason_boasts_of_it() -> None:
+    plan = resolve(hardware=OLD)
+    assert (plan.precision, plan.memory_format, plan.small_map_products) == ("float32", "channels_last", True)
+    for field in ("memory_format", "small_map_products"):
+        assert "AVX2" in plan.reasons[field], field
+        assert "bf" not in plan.reasons[field], field
+    asked = resolve(hardware=OLD, precision="bfloat16")
+    assert not asked.small_map_products
+    assert "slower than its convolutions" in asked.reasons["small_map_products"]
+
+
+def test_muon_is_given_float32_where_a_gpu_has_no_bfloat16() -> None:
+    plan = resolve(hardware=replace(GPU, bfloat16=False), optimizer="muon")
+    assert plan.precision == "float32"
+    assert "muon" in plan.reasons["precision"]
+    assert resolve(hardware=replace(GPU, bfloat16=False)).precision == "float16"
+
+
 def test_the_reason_of_a_rate_gives_the_rate() -> None:
     for batch in (16, 64, 256):
         plan = resolve(batch_size=batch)

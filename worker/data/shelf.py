@@ -143,7 +143,8 @@ class Shelf:
         """Remove what nobody uses, oldest first; False where even that would not do until others have made theirs.
 
         Raises:
-            NoRoom: nothing would do, and nothing was removed; or the disk has not won what was.
+            NoRoom: nothing would do, and nothing was removed; or what was did not do, because the disk has not won it
+                or others took meanwhile what was to follow.
         """
         making, unused = self._being_made(), self._unused()
         held, spare = sum(map(_size, self._folder.glob("[!.]*"))), sum(size for _, size, _ in unused)

@@ -106,6 +106,7 @@ def fingerprint(device: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": _cpuinfo("model name", "CPU part") or platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": has_bfloat16(),
     }
     if device.startswith("cuda"):
         found |= {

@@ -39,8 +39,9 @@ class SmallMapConv2d(nn.Conv2d):
         if 2 * input.shape[2] * input.shape[3] <= self.kernel_size[0] * self.kernel_size[1]:
             made = self._product(input.to(dtype))
         elif dtype in _WINDOW_DTYPES and self._picks_few(input):
-            flat = _Windows.apply(input.to(dtype), self.weight, self.stride, self.padding)  # type: ignore[no-untyped-call]
-            made = _map(flat.view(len(input), -1), self.out_channels, self._places(input))
+            made = _Windows.apply(input.to(dtype), self.weight, self.stride, self.padding)  # type: ignore[no-untyped-call]
+            if made.dim() == 2:
+                made = _map(made.view(len(input), -1), self.out_channels, self._places(input))
         else:
             return super().forward(input)
         return made if self.bias is None else made + self.bias.to(dtype)[:, None, None]
@@ -124,7 +125,10 @@ class _Product(torch.autograd.Function):
 
 
 class _Windows(torch.autograd.Function):
-    """The same as [batch * new places, out]: the windows of the map times the filters as they lie in memory."""
+    """The windows of the map times the filters as they lie in memory: [batch * new places, out].
+
+    Where the convolution is faster forward, what it gives: [batch, out, new height, new width].
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
@@ -132,13 +136,14 @@ class _Windows(torch.autograd.Function):
         ctx.stride, ctx.padding = stride, padding
         if math.prod(_places(x.shape[2:], weight.shape[2:], stride, padding)) <= _FORWARD_PLACES:
             return _windows(x, weight, stride, padding) @ _filters(weight, x).T
-        made = F.conv2d(x, weight.to(x.dtype), None, stride, padding)
-        return made.permute(0, 2, 3, 1).reshape(-1, len(weight))
+        return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = gradients[0].to(x.dtype)
+        if gradient.dim() == 4:
+            gradient = gradient.permute(0, 2, 3, 1).reshape(-1, len(weight))
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
             for_x = _unwound(gradient @ _filters(weight, x), x, weight, ctx.stride, ctx.padding)
@@ -165,7 +170,9 @@ def _filters(weight: Tensor, x: Tensor) -> Tensor:
 def _windows(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """[batch, in, height, width] -> [batch * new places, taps * in]."""
     (rows, columns), (down, across), (above, left) = weight.shape[2:], stride, padding
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, above, above))
+    padded = x.permute(0, 2, 3, 1)
+    if above or left:
+        padded = F.pad(padded, (0, 0, left, left, above, above))
     windows = padded.unfold(1, rows, down).unfold(2, columns, across)  # [batch, *new places, in, rows, columns]
     return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, rows * columns * x.shape[1])
 
@@ -179,9 +186,10 @@ def _unwound(flat: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], p
     padded = flat.new_zeros(batch, height + 2 * above, width + 2 * left, into)
     for row in range(rows):
         for column in range(columns):
-            padded[:, row : row + down * high : down, column : column + across * wide : across] += by_tap[
-                :, :, :, row, column
-            ]
+            # Not `+=`, which would copy the sum onto itself once more.
+            padded[:, row : row + down * high : down, column : column + across * wide : across].add_(
+                by_tap[:, :, :, row, column]
+            )
     return padded[:, above : above + height, left : left + width].permute(0, 3, 1, 2)
 
 

@@ -59,6 +59,7 @@ def prepare() -> Published:
 
     torch.set_num_threads(1)
     from worker import catalogue, sources
+    from worker.parts.machine import has_bfloat16
 
     published = catalogue.published()
     sources.digest()  # of the code that was just imported; an update may change the files before a job asks
@@ -67,7 +68,7 @@ def prepare() -> Published:
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for build in (torch.optim.AdamW, torch.optim.SGD):
         optimizer = build(network.parameters(), lr=1e-3)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):  # as `auto` will have it
             loss = nn.functional.cross_entropy(network(images), torch.zeros(4, dtype=torch.long))
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
