@@ -59,7 +59,7 @@ def demo(
 ) -> None:
     """Pretrain on digits without their labels, fine-tune with ten labels per class, compare with starting from scratch.
 
-    Starts a stack of its own in a temporary home and ends it again; takes about a minute on two cores.
+    Starts a stack of its own in a temporary home and ends it again; takes one to two minutes on two cores.
     """
     output = Output(as_json=as_json)
     began = time.monotonic()
