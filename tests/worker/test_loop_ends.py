@@ -213,10 +213,11 @@ def pretrained(module: nn.Module, metric: str, folder: Path, *, epochs: int = 6)
     ("name", "script", "best"),
     [
         ("frechet_distance", [50.0, 30.0, 20.0, 25.0, 26.0, 20.0], 2), ("alignment", [0.3, 0.2, 0.25, 0.25, 0.2], 1),
-        ("effective_rank", [5.0, 9.0, 8.0, 7.0, 9.0], 1),
+        ("effective_rank", [5.0, 9.0, 8.0, 7.0, 9.0], 1), ("nmi", [0.1, 0.4, 0.3, 0.2, 0.4], 1),
+        ("purity", [0.1, 0.4, 0.3, 0.2, 0.4], 1),
     ],
 )  # fmt: skip
-def test_what_is_better_lower_stops_a_run_when_it_rises(
+def test_a_run_stops_when_its_metric_gets_worse_whichever_way_that_is(
     name: str, script: list[float], best: int, tmp_path: Path
 ) -> None:
     module = Probed(name, script)
