@@ -45,7 +45,7 @@ class Clock:
         left = (plan.steps - step) * plan.batch_size
         return Progress(
             phase="train", fraction=step / plan.steps, step=step, steps=plan.steps,
-            epoch=min(step // plan.steps_per_epoch + 1, plan.epochs), epochs=plan.epochs,
+            epoch=max(math.ceil(step / plan.steps_per_epoch), 1), epochs=plan.epochs,
             samples_per_second=round(rate, 1), eta_seconds=round(left / rate, 1) if rate else None,
         )  # fmt: skip
 

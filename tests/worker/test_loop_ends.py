@@ -15,6 +15,7 @@ from tests.worker.sets import Heard
 from worker import clock
 from worker.loop import Result
 from worker.recipe import Batch, Progress
+from worker.report import Progress as Shown
 from worker.report import Saved
 
 pytestmark = pytest.mark.worker
@@ -127,8 +128,9 @@ def test_early_stopping_waits_its_patience_and_restores_the_best(tmp_path: Path)
     training = Training(
         epochs=6, batch_size=4, early_stopping=EarlyStopping(metric="validation/loss", patience=2, min_delta=0.1)
     )
-    result, _ = train(module, training, tmp_path)
+    result, heard = train(module, training, tmp_path)
     assert (result.ended_by, result.epoch) == ("early_stopping", 4)
+    assert heard.of(Shown)[-1].epoch == 4  # of the last step, not of the one that never came
     assert result.best is not None
     assert (result.best["metric"], result.best["step"]) == ("validation/loss", 6)
     assert result.best["value"] == pytest.approx(0.5)

@@ -42,7 +42,7 @@ class DeepClusterParams(PretrainParams):
     )
     reassign_every: int | None = Field(
         default=None, ge=1, le=10_000,
-        description="Epochs between two clusterings; null is 3, or more where that is less than 50 steps.",
+        description="Epochs between clusterings, each with a new nmi; null is 3, or more if that is under 50 steps.",
     )  # fmt: skip
     pca_dimension: int = Field(
         default=256, ge=1, le=4096, description="Width, at most, to which whitening reduces what is clustered."
