@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from app.domain.errors import UserFault
+from app.domain.metrics import falls
 from app.domain.spec import Training
 from worker.data.source import Data
 from worker.parts.metrics import collapsed
@@ -13,22 +14,14 @@ from worker.parts.tuning import Plan
 from worker.report import Reporter
 from worker.state import State
 
-# How the names of metrics end that are better when they are higher, or lower.
-_RISING = (
-    "accuracy", "precision", "recall", "f1", "matched", "hit", "nmi", "purity", "elbo", "effective_rank", "spread",
-)  # fmt: skip
-_FALLING = (
-    "loss", "error", "supervised", "kl", "reconstruction", "invariance", "variance", "covariance", "redundancy",
-    "frechet_distance", "uniformity", "alignment",
-)  # fmt: skip
-
 
 def refuse_blind(training: Training, module: nn.Module, data: Data, plan: Plan) -> None:
-    """Refuse, before the first step, to stop by what this run will never measure, or by a loss of opponents.
+    """Refuse, before the first step, to stop by what this run will never measure, or by what says nothing of it.
 
     Raises:
         UserFault: it has no validation samples, or no probes; the metric's name begins with none of the three prefixes;
-            or it is the sum of what two networks fight about, which does not fall when both become better.
+            it is the sum of what two networks fight about, which does not fall when both become better; or it is no
+            measure of quality.
     """
     if training.early_stopping is None:
         return
@@ -43,6 +36,10 @@ def refuse_blind(training: Training, module: nn.Module, data: Data, plan: Plan) 
         why = "opponents, whose loss says nothing of how good either is: use a metric of probe/"
     if why is not None:
         raise UserFault(f"training.early_stopping.metric: for {name!r} this run has {why}.", code="unknown_metric")
+    try:
+        falls(name)
+    except ValueError as error:
+        raise UserFault(f"training.early_stopping.metric: {error}", code="unknown_metric") from error
 
 
 def judge(numbers: Mapping[str, float], state: State, training: Training, kind: str) -> bool:
@@ -51,7 +48,7 @@ def judge(numbers: Mapping[str, float], state: State, training: Training, kind: 
     What is best, how long nothing was better, and that this ends the run is noted in `state`.
 
     Raises:
-        UserFault: early stopping looks at a metric that this run does not have, or that is no measure of quality.
+        UserFault: early stopping looks at a metric that this run does not have.
     """
     wanted = training.early_stopping
     known = {**state.metrics, **numbers}
@@ -70,8 +67,8 @@ def judge(numbers: Mapping[str, float], state: State, training: Training, kind: 
     value = numbers.get(name, None if name.startswith(("probe/", "validation/")) else state.metrics.get(name))
     if value is None:
         return False
-    before, falls = state.best["value"] if state.best is not None else None, _falls(name)
-    gain = math.inf if before is None else (before - value if falls else value - before)
+    before = state.best["value"] if state.best is not None else None
+    gain = math.inf if before is None else (before - value if falls(name) else value - before)
     better = gain > least if before is not None else math.isfinite(value)
     if better:
         state.best, state.waited = {"metric": name, "value": value, "step": state.step}, 0
@@ -80,23 +77,6 @@ def judge(numbers: Mapping[str, float], state: State, training: Training, kind: 
     if wanted is not None and state.waited >= wanted.patience:
         state.ended_by = "early_stopping"
     return better
-
-
-def _falls(name: str) -> bool:
-    """Say which way a metric improves: whether lower is better.
-
-    Raises:
-        UserFault: nobody knows, because it is no measure of quality, such as a learning rate.
-    """
-    last = name.rpartition("/")[2]
-    if last.endswith(_RISING):
-        return False
-    if last.endswith(_FALLING):
-        return True
-    raise UserFault(
-        f"training.early_stopping.metric: nobody knows whether {name!r} is to rise or to fall.", code="unknown_metric",
-        hint="Choose another metric, such as validation/loss.",
-    )  # fmt: skip
 
 
 def report_collapse(

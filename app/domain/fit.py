@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from app.domain.chosen import too_many, unmet, unread
 from app.domain.errors import Detail
+from app.domain.metrics import falls
 from app.domain.pointers import pointer
 from app.domain.recipes import TRAINS, Published
 from app.domain.spec import Spec
@@ -128,6 +129,11 @@ def _check_stopping(spec: Spec, recipe: Published, dataset: Mapping[str, Any]) -
     name, where = stopping.metric, "/training/early_stopping/metric"
     if not name.startswith(("train/", "validation/", "probe/")):
         yield Detail(pointer=where, message=f"{name} is no metric of a run: train/, validation/ or probe/ comes first.")
+        return
+    try:
+        falls(name)
+    except ValueError as error:
+        yield Detail(pointer=where, message=str(error))
     if name.startswith("probe/") and recipe.kind != "pretrain":
         yield Detail(pointer=where, message=f"{recipe.name} does not probe its features: use a metric of validation/.")
     if name.startswith("validation/") and not dataset["splits"].get("validation"):

@@ -87,6 +87,8 @@ PRETRAINS = recipe(kind="pretrain", requires={})
         ("probe/knn_accuracy", facts(), PRETRAINS, 0.1, None),
         ("probe/knn_accuracy", facts(), recipe(), 0.1, "does not probe"),
         ("accuracy", facts(), recipe(), 0.1, "comes first"),
+        ("validation/acuracy", facts(), recipe(), 0.1, "Did you mean something like accuracy?"),
+        ("train/learning_rate", facts(), recipe(), 0.1, "whether 'train/learning_rate' is to rise or to fall"),
         ("accuracy", facts(), recipe(requires={"unread": ("training.early_stopping",)}), 0.1, None),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the doctor says of `auto`."""
+"""What the doctor says of `auto`, and of what this machine can multiply."""
 
 import json
 from pathlib import Path
@@ -29,3 +29,24 @@ def test_a_memo_that_cannot_be_read_counts_as_none(content: str, tmp_path: Path)
     write(tmp_path, content)
     found = health.measured(tmp_path)
     assert (found.state, found.message.split(";")[0]) == ("ok", "follows the table")
+
+
+@pytest.mark.parametrize(
+    ("flags", "on_gpu", "state", "says"),
+    [
+        ({"avx2"}, False, "warning", "not native on this processor (AVX2)"),
+        ({"avx2", "avx512_bf16"}, False, "ok", "native on the processor (avx512_bf16)"),
+        ({"asimd", "bf16"}, False, "ok", "native on the processor (bf16)"),
+        ({"avx2"}, True, "ok", "native on the GPU"),
+    ],
+)
+def test_the_doctor_says_what_multiplies_bfloat16(
+    flags: set[str], on_gpu: bool, state: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {"gpus": [], "gpu_bf16": on_gpu, "capability": "AVX2"}
+    monkeypatch.setattr(compute, "installed", lambda _: "2.15.0")
+    monkeypatch.setattr(compute, "wanted_torch", lambda: None)
+    monkeypatch.setattr(compute, "probe", lambda: seen)
+    monkeypatch.setattr(compute, "cpu_flags", lambda: flags)
+    found = {finding.name: finding for finding in health.torch()}["bfloat16"]
+    assert (found.state, found.message, found.remedy is None) == (state, says, state == "ok")
