@@ -8,6 +8,7 @@ would not do: safetensors writes them in no fixed order.
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,10 @@ class Checkpoints:
         """Keep the newest under a second name: the supervisor takes files away, and this run may need to start over."""
         held, link = self._folder / ".newest.safetensors", self._folder / ".newest.partial"
         link.unlink(missing_ok=True)
-        os.link(path, link)
+        try:
+            os.link(path, link)
+        except OSError:  # this file system has no hard links
+            shutil.copyfile(path, link)
         link.replace(held)
         return held
 

@@ -98,7 +98,7 @@ def train(
         return wish != "run" or state.ended_by is not None
 
     def save() -> None:
-        _refuse_non_finite(window, state, data, module, training, plan)
+        _refuse_non_finite(window, state, data, module, training, plan, report)
         _refuse_damage(module, optimizer, state, training, plan)
         state.seconds = clock.used() if training.max_seconds is not None else None
         contents = pack(state, plan, module, optimizer, average, scaler, window, best_weights)
@@ -165,7 +165,7 @@ def train(
                 report.event("train.first_step", f"Step {state.step} of {plan.steps} is done.", step=state.step)
             epoch_over = state.step % plan.steps_per_epoch == 0 or state.step == plan.steps
             if window.full or epoch_over:
-                _refuse_non_finite(window, state, data, module, training, plan)
+                _refuse_non_finite(window, state, data, module, training, plan, report)
                 tell({**window.means("train/"), "train/learning_rate": learning_rate})
                 spread = window.last("spread")
                 window.clear()
@@ -268,7 +268,7 @@ def _look(
 
 
 def _refuse_non_finite(
-    window: Window, state: State, data: Data, module: nn.Module, training: Training, plan: Plan
+    window: Window, state: State, data: Data, module: nn.Module, training: Training, plan: Plan, report: Reporter
 ) -> None:
     found = window.first_not_finite()
     if found is None:
@@ -278,10 +278,13 @@ def _refuse_non_finite(
     order = draw_order(module, data.train.labels, plan, seed=training.seed, epoch=epoch)
     rows = order[position * plan.batch_size : (position + 1) * plan.batch_size]
     samples = data.train.numbers(rows).tolist()
+    report.event(
+        "loss.not_finite", f"The loss was not finite at step {step + 1}.", level="error", step=step + 1, samples=samples
+    )
     rate, _ = _rates(module, _progress(step, plan), training, plan)
     raise UserFault(
         f"The loss was not finite at step {step + 1} (learning rate {rate:.3g}); the batch held the samples "
-        f"{', '.join(map(str, samples[:32]))}{', …' if len(samples) > 32 else ''}.",
+        f"{', '.join(map(str, samples[:32]))}{', … (all in the event loss.not_finite)' if len(samples) > 32 else ''}.",
         code="loss_not_finite", hint=evaluate.CALMER, phase="train",
     )  # fmt: skip
 

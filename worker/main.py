@@ -147,13 +147,13 @@ class Idle:
 
     def _sweep(self) -> None:
         with transaction(self._host.engine) as session:
-            found = sweeps.sweep(session)
+            found = sweeps.sweep(session, own=list(self._host.runs))
         for job_id, internal in found:
             self._host.announce(job_id, internal)
 
     def _tidy(self) -> None:
         host = self._host
-        tidy(host.engine, host.settings, local_store=host.settings.blobs is None)
+        tidy(host.engine, host.blobs, host.settings)
         removed = host.blobs.sweep(host.engine, host.settings.blob_grace_seconds)
         if removed:
             log.info("unreferenced blobs removed", count=removed)

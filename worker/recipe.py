@@ -132,6 +132,11 @@ class FeaturesOf(Protocol):
         """int64 [rows], -1 where there is none: for reports, never for training."""
         ...
 
+    @property
+    def tick(self) -> Callable[[int, int], None]:
+        """What long work with the features calls between its pieces, with how many of how many are done."""
+        ...
+
     def __call__(self, module: nn.Module | None = None) -> Tensor:
         """Run the backbone, or this module, over the rows, in eval mode and without augmentation: float32 [rows, d]."""
         ...
@@ -172,7 +177,9 @@ class Objective(Protocol):
     sample_weights(labels)           [samples] -> [samples] or None: how often each row is drawn, asked for at every
                                      epoch's start; None is each row once per epoch
     labelled_part(step) -> 0 to 1    the part of that step's batch that is drawn from rows with a label; the others come
-                                     from those without. At 0 all rows are drawn alike, and the batch has no "label"
+                                     from those without. At 0 all rows are drawn alike, and the batch has no "label";
+                                     else "labelled", float32 [batch], says in each row what part of the whole batch has
+                                     a label, of which a micro-batch may hold more or less
     compiled_parts                   modules to compile where the plan says so; without it the backbone alone
     step_passes                      float: what a step costs, in forward passes of the backbone over its samples; 3
                                      without it. Probes come as seldom as keeps them under 3 % of that

@@ -66,6 +66,7 @@ class Order(Message):
     upload: str | None = None  # path of the raw bytes, for ingest and import
     upload_name: str | None = None
     checkpoint: str | None = None  # path of the newest checkpoint, to go on from
+    spare_memory: bool = False  # the kernel ended the attempt before this one, because memory ran out
     children: tuple[dict[str, Any], ...] = ()  # finished children of an orchestrating job
     stopping: bool = False  # an orchestrating job shall make the best of these, and no further ones
     scratch: str

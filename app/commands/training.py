@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from app.client import home_folder
 from app.commands.bars import JobBoard
-from app.commands.call import Exit, JsonOption, Output
+from app.commands.call import Exit, HomeOption, JsonOption, Output
 from app.commands.tables import metrics
 
 
@@ -25,15 +26,20 @@ def run(
     processes: Annotated[
         int | None, typer.Option(min=1, help="How many train together, sharing every batch; on GPUs, one for each.")
     ] = None,
+    home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train on a folder with no server, no database and no queue. Ctrl-C keeps the best model so far."""
+    """Train on a folder with no server, no database and no queue. Ctrl-C keeps the best model so far.
+
+    Decoded images are kept in the home's cache, where the next run finds them, and so do jobs of its stack.
+    """
     output = Output(as_json=as_json)
     for path in (spec, *([] if data.startswith("builtin:") else [Path(data)]), *([model] if model else [])):
         if not path.exists():
             output.error(f"There is no file or folder {path}.")
             raise typer.Exit(Exit.USAGE)
     command = [sys.executable, "-m", "worker.trainer", "run", str(spec), "--data", data, "--out", str(out)]
+    command += ["--cache", str(home_folder(home) / "cache")]
     command += ["--model", str(model)] if model else []
     command += ["--processes", str(processes)] if processes else []
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -61,7 +67,8 @@ def run(
         output.tell(f"failed ({error['class']}, {error['code']}): {error['message']}", style="red")
         raise typer.Exit(Exit.JOB_FAILED)
     if code != 0:
-        output.tell(f"the trainer ended with exit code {code}", style="red")
+        killed = " (killed: where memory ran out, set a smaller training.batch_size)" if code == -signal.SIGKILL else ""
+        output.tell(f"the trainer ended with exit code {code}{killed}", style="red")
         raise typer.Exit(Exit.FAILURE)
 
 

@@ -124,7 +124,7 @@ class _Local:
         here = self._blobs.path(sha256)
         if here is not None:
             return here
-        cache.trim(self._folder, self._budget, local_store=False)  # before: what is brought now must stay
+        cache.trim(self._blobs, self._folder, self._budget)  # before: what is brought now must stay
         return cache.bring(self._blobs, self._folder, sha256)
 
 

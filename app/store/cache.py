@@ -3,9 +3,12 @@
 import contextlib
 import hashlib
 import os
+import time
 from pathlib import Path
 
 from app.store.blobs import Blobs
+
+ABANDONED_SECONDS = 24 * 3600.0
 
 
 def bring(blobs: Blobs, folder: Path, sha256: str, *, again: bool = False) -> Path:
@@ -33,17 +36,20 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def trim(folder: Path, budget: int, *, local_store: bool) -> None:
+def trim(blobs: Blobs, folder: Path, budget: int) -> None:
     """Keep the copies within `budget` bytes; who has one open reads on.
 
-    With `local_store` a copy is a link and costs nothing while the store has the file, so that one goes whose last link
-    it is.
+    Beside a store on this machine's disk a copy is a link, where links can be made, and costs nothing while the store
+    has the file; what the store has let go goes here too.
     """
     kept: list[tuple[float, int, Path]] = []
     for path in folder.glob("*"):
         with contextlib.suppress(FileNotFoundError):
-            status = path.stat()
-            if local_store and status.st_nlink == 1:
+            status, stored = path.stat(), blobs.path(path.name)
+            if path.name.startswith("."):  # on its way in, or of a process that was killed
+                if status.st_mtime < time.time() - ABANDONED_SECONDS:
+                    path.unlink()
+            elif stored is not None and not stored.exists():
                 path.unlink()
             else:
                 kept.append((status.st_mtime, status.st_size, path))

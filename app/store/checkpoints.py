@@ -10,13 +10,13 @@ from app.store import tables
 from app.store.ids import new_id
 
 KEEP = 2
+# Not by id, which holds the time: a clock may be set back, and hosts differ. Attempts only grow, and steps within one.
+_NEWEST = (tables.Checkpoint.attempt.desc(), tables.Checkpoint.step.desc())
 
 
 def of_job(session: Session, job_id: str) -> Sequence[tables.Checkpoint]:
     """Give the checkpoints of a job, newest first."""
-    return session.scalars(
-        select(tables.Checkpoint).where(tables.Checkpoint.job_id == job_id).order_by(tables.Checkpoint.id.desc())
-    ).all()
+    return session.scalars(select(tables.Checkpoint).where(tables.Checkpoint.job_id == job_id).order_by(*_NEWEST)).all()
 
 
 def find(session: Session, job_id: str, checkpoint_id: str) -> tables.Checkpoint:
@@ -81,7 +81,7 @@ def prune(session: Session, job_id: str, keep: int = KEEP) -> None:
         delete(tables.Checkpoint).where(
             tables.Checkpoint.job_id == job_id,
             tables.Checkpoint.best.is_(False),
-            tables.Checkpoint.id.not_in(newest.order_by(tables.Checkpoint.id.desc()).limit(keep)),
+            tables.Checkpoint.id.not_in(newest.order_by(*_NEWEST).limit(keep)),
         )
     )
 

@@ -1,5 +1,7 @@
 """What no single worker is responsible for: lost workers, satisfied waits, things that expire. Any worker sweeps."""
 
+from collections.abc import Collection
+
 from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session
 
@@ -10,23 +12,27 @@ from app.store.clock import Now
 ANSWERS_KEPT_SECONDS = 24 * 3600.0
 
 
-def sweep(session: Session, *, limit: int = 100) -> list[tuple[str, bool]]:
+def sweep(session: Session, *, limit: int = 100, own: Collection[str] = ()) -> list[tuple[str, bool]]:
     """Do one round; safe in any number of processes at once, each skips what another is at.
 
     Returns the jobs that can be claimed now, as `(job_id, internal)`, to be announced after the commit.
+
+    Args:
+        own: jobs that run in this very process, which are not lost: after the host slept, or its clock was put forward,
+            their leases are over before they can be extended.
     """
-    recover_lost(session, limit)
+    recover_lost(session, limit, own)
     settle_waits(session, limit)
     forget_expired(session)
     workers.forget(session)
     return list(session.info.get("wake", []))
 
 
-def recover_lost(session: Session, limit: int = 100) -> None:
-    """Take the jobs back whose worker let its lease run out."""
+def recover_lost(session: Session, limit: int = 100, own: Collection[str] = ()) -> None:
+    """Take the jobs back whose worker let its lease run out, but for those of this process's `own`."""
     lost = session.scalars(
         select(tables.Job)
-        .where(tables.Job.lease_expires_at < Now(), tables.Job.status.in_(HELD))
+        .where(tables.Job.lease_expires_at < Now(), tables.Job.status.in_(HELD), tables.Job.id.not_in(own))
         .order_by(tables.Job.lease_expires_at)
         .limit(limit)
         .with_for_update(skip_locked=True)

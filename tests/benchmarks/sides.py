@@ -82,9 +82,11 @@ def _summary(lines: list[Numbers], warmup: int) -> Numbers:
     steps += [(at, step) for at, name, step, _value in rows if name == "train/loss"]
     tail = [value for step, value in losses if step > losses[-1][0] - per_epoch]
     counted = sorted(point for point in steps if point[1] >= warmup)
+    if not counted or counted[-1][1] == counted[0][1]:
+        raise RuntimeError(f"{steps[-1][1]} steps were too few to count a rate from, after {warmup} that do not count")
     (first_at, first), (final_at, final) = counted[0], counted[-1]
     return {
-        "samples_per_second": (final - first) * plan["batch_size"] / (final_at - first_at) if final > first else None,
+        "samples_per_second": (final - first) * plan["batch_size"] / (final_at - first_at),
         "seconds": last["at"] - begun["at"],  # of the whole job: decoding, training, test, export
         "seconds_to_trained": trained - begun["at"],  # the last checkpoint included, the test and the export not
         "seconds_with_ingest": last["at"] - begun["before_ingest"],

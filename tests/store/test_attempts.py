@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from app.domain.errors import Failure
 from app.domain.jobs import Status, Wanted
-from app.store import attempts, checkpoints, endings, events, tables
+from app.store import attempts, checkpoints, endings, events, ids, tables
 from app.store.attempts import Fenced, Held
 from app.store.blobs import Stored
 from app.store.clock import Now
@@ -160,6 +160,21 @@ class TestCheckpoints:
         with transaction(engine) as session:
             kept = checkpoints.of_job(session, held.job_id)
             assert [(checkpoint.step, checkpoint.best) for checkpoint in kept] == [(5, False), (4, False), (2, True)]
+
+    def test_the_newest_is_that_of_the_last_step_whatever_the_clock_says(
+        self, engine: Engine, held: Held, blob: Stored, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for step in (1, 2):
+            save(engine, held, blob, step)
+        with transaction(engine) as session:
+            endings.release(session, held)
+            again = take(session, read(session, held))
+        monkeypatch.setattr(ids, "_last", 0)
+        monkeypatch.setattr(ids.time, "time_ns", lambda: 10**18)  # another host, whose clock is years behind
+        for step in (3, 4):
+            save(engine, again, blob, step)
+        with transaction(engine) as session:
+            assert [checkpoint.step for checkpoint in checkpoints.of_job(session, held.job_id)] == [4, 3]
 
     def test_the_same_step_of_one_attempt_is_listed_once(self, engine: Engine, held: Held, blob: Stored) -> None:
         save(engine, held, blob, 1)

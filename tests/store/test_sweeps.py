@@ -30,6 +30,14 @@ class TestSweep:
             sweeps.sweep(session, limit=10_000)
         assert look(engine, held).status == "starting"
 
+    def test_what_runs_in_this_process_is_not_lost_however_long_the_host_slept(
+        self, engine: Engine, held: Held
+    ) -> None:
+        expire(engine, held)
+        with transaction(engine) as session:
+            assert (held.job_id, False) not in sweeps.sweep(session, limit=10_000, own=[held.job_id])
+        assert look(engine, held).losses == 0
+
     def test_three_losses_end_the_job(self, engine: Engine, held: Held) -> None:
         for _ in range(3):
             expire(engine, held)

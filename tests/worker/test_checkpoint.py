@@ -1,6 +1,7 @@
 """Checkpoints: complete or not there, equal for equal states, and refused when damaged or when the disk is full."""
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -55,6 +56,19 @@ def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     newest = checkpoints.load()
     assert newest is not None
     assert newest.tensors["model.w"][0, 0] == 6
+
+
+def test_a_disk_without_hard_links_keeps_the_newest_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoint.os, "link", refused)
+    kept = Checkpoints(tmp_path, Heard().reporter)
+    kept.save(contents(), step=1, epoch=0, metrics={}, best=False)
+    (tmp_path / "checkpoint-000000001.safetensors").unlink()  # the supervisor took it
+    found = kept.load()
+    assert found is not None
+    assert found.state == contents().state
 
 
 def test_a_file_that_the_supervisor_took_is_not_missed(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ import fcntl
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import ResourceFault
@@ -20,6 +21,7 @@ from worker.data import features, rows
 from worker.data.features import Features, cache_prefix
 from worker.data.shelf import Shelf
 from worker.parts import machine
+from worker.recipe import Batch
 from worker.report import Event, Planned, Progress, Reporter
 from worker.trainer.assembly import Assembly, assemble
 
@@ -104,6 +106,25 @@ def test_a_frozen_network_whose_last_maps_are_products_trains_from_its_cache(
     heard, _ = sets.finished(sets.order(body, digits, tmp_path))
     assert heard.of(Planned)[0].plan["small_map_products"]
     assert "features.cached" in heard.codes()
+
+
+def test_every_view_of_a_row_is_what_the_prefix_gives_of_that_view(made: Assembly, tmp_path: Path) -> None:
+    """An augmentation that can be repeated: each view is a little brighter, and a row is known by its picture."""
+
+    def brighter(batch: Batch, _: Generator) -> Batch:
+        shifted = batch["image"].clamp(max=200) + 20 * batch["epoch"][:, None, None, None].to(torch.uint8)
+        return {**batch, "image": shifted}
+
+    made = replace(made, data=replace(made.data, prepare=brighter))
+    found = cached(made, tmp_path / "f", views=3, augmented=True)
+    prefix, rows = prefix_of(made).eval(), torch.randperm(len(made.data.train))[:40]
+    for epoch in range(4):
+        views = (rows + epoch) % 3
+        pixels = made.data.train.batch(rows)["image"].clamp(max=200).float() + 20 * views[:, None, None, None]
+        images = (pixels / 255 - made.data.mean.view(-1, 1, 1)) / made.data.std.view(-1, 1, 1)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=made.plan.precision == "bfloat16"):
+            expected = prefix(images)
+        torch.testing.assert_close(found.batch(rows, epoch)["prefix"], expected.float(), atol=0.03, rtol=0.03)
 
 
 def test_views_take_turns_from_epoch_to_epoch(made: Assembly, tmp_path: Path) -> None:

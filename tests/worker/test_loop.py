@@ -17,7 +17,7 @@ from tests.worker.sets import Heard
 from worker import checkpoint, clock
 from worker.parts import optim
 from worker.recipe import Batch, Progress
-from worker.report import Saved
+from worker.report import Event, Saved
 from worker.state import first_not_finite
 
 pytestmark = pytest.mark.worker
@@ -115,6 +115,8 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_samples(bad_step: int, tm
     assert rate is None or rate > 0
     for number in seen[bad_step].tolist():
         assert str(number) in raised.value.message
+    (event,) = [message for message in heard.of(Event) if message.code == "loss.not_finite"]
+    assert event.data == {"step": bad_step + 1, "samples": seen[bad_step].tolist()}
     saved = heard.of(Saved)
     assert [message.step for message in saved] == list(range(1, bad_step + 1)), "the last good checkpoint is kept"
     newest = checkpoint.read(tmp_path / saved[-1].file)

@@ -37,6 +37,30 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(
     assert last.outcome == "succeeded"
 
 
+def test_after_a_kill_for_memory_the_next_attempt_takes_less(
+    digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hungry = Hungry(monkeypatch, most=16)
+    heard, last = sets.finished(sets.order(sets.spec(), digits, tmp_path, attempt=2, spare_memory=True))
+    assert [message.plan["accumulate"] for message in heard.of(Planned)] == [1, 2]
+    assert (set(hungry.sizes), last.outcome) == ({8}, "succeeded")
+    assert "memory.micro_batch_halved" in heard.codes()
+
+
+def test_a_run_that_goes_on_after_a_kill_for_memory_does_not_end_with_the_same_bits(
+    digits: DatasetFacts, tmp_path: Path
+) -> None:
+    body = sets.spec(training={"checkpoint_every": 3})
+    first = sets.order(body, digits, tmp_path / "one")
+    heard, _ = sets.finished(first, lambda message: "drain" if isinstance(message, Saved) else None)
+    later = sets.order(
+        body, digits, tmp_path / "two", plan=heard.of(Planned)[0].plan, attempt=2, spare_memory=True,
+        checkpoint=str(Path(first.scratch) / heard.of(Saved)[0].file),
+    )  # fmt: skip
+    heard, _ = sets.finished(later)
+    assert [(message.plan["accumulate"], message.exact) for message in heard.of(Planned)] == [(1, True), (2, False)]
+
+
 def test_a_resumed_attempt_keeps_the_halved_micro_batch(
     digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

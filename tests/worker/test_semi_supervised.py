@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import UserFault
-from app.domain.spec import Training
+from app.domain.spec import Optimizer, Training
 from tests.worker import objectives, sets
 from tests.worker.half_labelled import job, made
 from worker import loop
@@ -121,7 +121,32 @@ def alternating(build: Any = Other, **params: Any) -> Any:
     backbone = Flat()
     backbone.add_module("flatten", nn.Flatten())
     backbone.add_module("0", nn.Linear(16, 8))
-    return semi_supervised.SemiSupervised(SemiSupervisedParams(objective="other", **params), backbone, info_with(build))
+    given = SemiSupervisedParams.model_validate({"objective": "other", **params})
+    return semi_supervised.SemiSupervised(given, backbone, info_with(build))
+
+
+def test_micro_batches_of_fixmatch_add_up_to_the_batch(tmp_path: Path) -> None:
+    """Two of four have no labelled row: each counts by what it holds of the whole batch."""
+    states: list[dict[str, Tensor]] = []
+    curves: list[dict[str, float | None]] = []
+    for accumulate in (1, 4):
+        torch.manual_seed(0)
+        module = alternating(None, objective="fixmatch", objective_params={"threshold": 0.6}, ratio=7.0, ema=None)
+        rows = objectives.Rows(32)
+        part = Part(rows, torch.arange(32), torch.where(torch.arange(32) < 4, rows.labels, -1))
+        given = replace(
+            Data(part, None, None, None, torch.zeros(1), torch.ones(1)),
+            prepare=lambda batch, _: {**batch, "image_strong": batch["image"].flip(3)},
+        )
+        asked = Training(epochs=3, batch_size=16, optimizer=Optimizer(name="sgd"), weight_decay=0)
+        plan = objectives.plan(asked, 32, accumulate=accumulate, optimizer=Optimizer(name="sgd").model_dump())
+        result, _ = objectives.train(module, asked, tmp_path / str(accumulate), made=plan, with_data=given)
+        states.append(module.state_dict())
+        curves.append(result.metrics)
+    for name, value in states[0].items():
+        assert torch.allclose(states[1][name], value, atol=1e-6), name
+    assert curves[1] == {name: pytest.approx(value, abs=1e-6) for name, value in curves[0].items()}
+    assert 0 < cast(float, curves[0]["train/confident"]) < 1
 
 
 def test_supervised_and_unsupervised_steps_alternate_and_hooks_reach_their_own(tmp_path: Path) -> None:

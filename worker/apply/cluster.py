@@ -94,9 +94,10 @@ def apply(context: Context) -> Result:
 
 def _best(context: Context, points: Tensor, count: int, starts: int, fraction: float) -> KMeans:
     found: list[KMeans] = []
+    begun = round(1000 * fraction)
     for start in range(starts):
-        context.tick("cluster", round(1000 * fraction) + start, 1000)
-        found.append(kmeans(points, count, generator=generator(context.seed, "cluster", count, start)))
+        draws = generator(context.seed, "cluster", count, start)
+        found.append(kmeans(points, count, generator=draws, tick=lambda *_: context.tick("cluster", begun, 1000)))
     return min(found, key=lambda each: each.inertia)
 
 

@@ -98,7 +98,8 @@ def _groups(
     if kind == "split":
         return samples.split[rows], SPLITS
     count = min(params.clusters, max(1, len(points) // 2))
-    found = kmeans(points, count, generator=generator(context.seed, "cluster"))
+    draws = generator(context.seed, "cluster")
+    found = kmeans(points, count, generator=draws, tick=lambda done, total: context.tick("cluster", done, total))
     return found.assignment.cpu(), [f"cluster {number}" for number in range(count)]
 
 

@@ -31,10 +31,16 @@ def draw_order(module: nn.Module, labels: Tensor, plan: Plan, *, seed: int, epoc
 
 
 def shown(module: nn.Module, step: int, batch: Batch) -> Batch:
-    """Leave "label" out of a batch that was drawn from all rows alike."""
+    """Show an objective with a `labelled_part` how much of a batch has labels, or leave "label" out of one without.
+
+    "labelled" is that part of the samples, float32 [batch], the same in every row: micro-batches may differ in it.
+    """
     part_of = cast("Callable[[int], float] | None", getattr(module, "labelled_part", None))
-    if part_of is None or part_of(step) > 0:
+    if part_of is None:
         return batch
+    if part_of(step) > 0:
+        known = (batch["label"] >= 0).float()
+        return {**batch, "labelled": known.mean().expand(len(known))}
     return {name: value for name, value in batch.items() if name != "label"}
 
 

@@ -152,20 +152,21 @@ class SemiSupervised(nn.Module):
             return {**found, "loss": self.params.weight * found["loss"], "unsupervised": found["loss"]}
         labels = batch["label"]
         known = labels >= 0
+        part = batch.get("labelled", known.float()).mean()
         if self.unsupervised is not None:
             logits = self._logits(batch["image"])
-            return self._supervised(logits, labels, known)
+            return self._supervised(logits, labels, known, part)
         # Both views in one forward, so that batch norm sees all of them together.
         logits, strong = self._logits(torch.cat([batch["image"], batch["image_strong"]])).chunk(2)
-        told = self._supervised(logits, labels, known)
+        told = self._supervised(logits, labels, known, part)
         threshold = self.get_buffer("threshold").clone() if self._fixed is None else self._fixed
         terms, confident, confidence = consistency(logits, strong, threshold=threshold)
-        unsupervised = mean_over(terms, ~known)
+        unsupervised = mean_over(terms, ~known, 1 - part)
         if self.training and self._fixed is None:
-            self._confidence.append(mean_over(confidence, ~known))
+            self._confidence.append(mean_over(confidence, ~known, 1 - part))
         return {
             **told, "loss": told["loss"] + self.params.weight * unsupervised, "unsupervised": unsupervised,
-            "confident": mean_over(confident.float(), ~known),
+            "confident": mean_over(confident.float(), ~known, 1 - part),
         }  # fmt: skip
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
@@ -212,13 +213,13 @@ class SemiSupervised(nn.Module):
     def _logits(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
 
-    def _supervised(self, logits: Tensor, labels: Tensor, known: Tensor) -> dict[str, Tensor]:
-        """Give equation 3, the mean cross entropy of the labelled samples."""
+    def _supervised(self, logits: Tensor, labels: Tensor, known: Tensor, part: Tensor) -> dict[str, Tensor]:
+        """Give equation 3, the mean cross entropy of the labelled samples, which are `part` of the whole batch."""
         losses = F.cross_entropy(
             logits.float(), labels.clamp(min=0), reduction="none", label_smoothing=self.params.label_smoothing
         )  # [batch]
-        loss = mean_over(losses, known)
-        return {"loss": loss, "supervised": loss, "accuracy": mean_over((logits.argmax(1) == labels).float(), known)}
+        loss, hits = mean_over(losses, known, part), (logits.argmax(1) == labels).float()
+        return {"loss": loss, "supervised": loss, "accuracy": mean_over(hits, known, part)}
 
 
 def chosen(params: SemiSupervisedParams, info: Info) -> tuple[Recipe | None, Any]:

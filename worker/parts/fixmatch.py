@@ -40,10 +40,10 @@ def follow(threshold: Tensor, confidence: Tensor, *, steps: int) -> None:
     threshold.lerp_(confidence.to(threshold), 1 - memory).clamp_(max=PAPER_THRESHOLD)
 
 
-def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
-    """Average `values` [batch] over the chosen rows (bool [batch]) of all processes; 0 where there are none.
+def mean_over(values: Tensor, chosen: Tensor, part: Tensor) -> Tensor:
+    """Average `values` [batch] over the chosen rows (bool [batch]) of a whole batch; 0 where there are none.
 
-    Processes may hold different numbers of them; the mean of what they get is the mean over all rows.
+    Micro-batches and processes may hold different numbers of them. `part`, a scalar, is the part that is chosen of what
+    this process has of the whole batch; the mean of what all micro-batches and processes get is the mean over the rows.
     """
-    count = distributed.mean(chosen.sum().float())
-    return (values * chosen).sum() / count.clamp(min=1 / distributed.world_size())
+    return (values * chosen).sum() / (len(values) * distributed.mean(part)).clamp(min=1e-6)

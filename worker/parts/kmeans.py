@@ -9,7 +9,7 @@ from the points that are farthest from their centroids.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class KMeans:
 @torch.no_grad()
 def kmeans(
     points: Tensor, k: int, *, generator: Generator, iterations: int = 100, tolerance: float = 1e-4,
-    start: Tensor | None = None,
+    start: Tensor | None = None, tick: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> KMeans:  # fmt: skip
     """Find `k` clusters; the same ones for the same generator (on a GPU as far as its products repeat).
 
@@ -51,6 +51,7 @@ def kmeans(
         tolerance: stop when the centroids moved less than this (squared, all together) in units of the mean variance
             of a coordinate, as in scikit-learn. 0 goes on until nothing moves.
         start: [k, d], centroids to begin with in place of k-means++.
+        tick: called now and then, with how many of how many centroids or iterations are done.
 
     Raises:
         UserFault: fewer points, or distinct points, than clusters; k below 1; points that are not finite.
@@ -68,10 +69,11 @@ def kmeans(
             raise UserFault("The points to be clustered are not all finite numbers.", code="not_finite")
         exact = _Table(points, mean, mean, spread)
         table = _fast(exact) if count * width * k >= FAST_FROM and _multiplies_bfloat16(points.device) else exact
-        centroids = seeds(points, k, generator=generator) if start is None else start.to(points)
+        centroids = seeds(points, k, generator=generator, tick=tick) if start is None else start.to(points)
         limit, done, settled = tolerance * variance, 0, False
         assignment = torch.full((count,), -1, device=points.device)
         while done < iterations:
+            tick(done, iterations)
             before, (assignment, distances) = assignment, _nearest(table, centroids)
             moved, empty = _means(points, assignment, distances, k)
             shift, centroids = (moved - centroids).square().sum(), moved
@@ -104,7 +106,9 @@ def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def seeds(points: Tensor, k: int, *, generator: Generator) -> Tensor:
+def seeds(
+    points: Tensor, k: int, *, generator: Generator, tick: Callable[[int, int], None] = lambda _done, _total: None
+) -> Tensor:
     """Choose `k` of `points` [n, d] by greedy k-means++ to begin with: [k, d].
 
     Of many points a random part is looked at, 64 per cluster as long as that is no more than 16,384, but 4 at least.
@@ -123,6 +127,7 @@ def seeds(points: Tensor, k: int, *, generator: Generator) -> Tensor:
     closest.index_fill_(0, first, 0)  # what rounding left
     found = [first]
     for draw in draws[1:]:
+        tick(len(found), k)
         # With a chance that is proportional to the squared distance from the nearest centroid so far.
         total = closest.cumsum(0, dtype=torch.float64)
         tried = torch.searchsorted(total, draw * total[-1]).clamp_(max=rows - 1)  # [trials]

@@ -40,7 +40,7 @@ def typical(
         covered: bool [n], rows that have a label.
     """
     clusters = max(1, min(int(covered.sum()) + count, MOST_CLUSTERS, len(points) - 1))
-    found = [kmeans(points, clusters, generator=draws) for _ in range(STARTS)]
+    found = [kmeans(points, clusters, generator=draws, tick=tick) for _ in range(STARTS)]
     assignment = min(found, key=lambda each: each.inertia).assignment.cpu()
     labels = torch.bincount(assignment[covered], minlength=clusters)
     free = torch.bincount(assignment[~covered], minlength=clusters)

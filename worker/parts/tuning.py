@@ -24,9 +24,12 @@ from worker.parts.memo import Memo, MemoryFormat, Precision
 
 
 class Plan(BaseModel):
-    """Every choice that decides the bits of a run; fixed before step 0 and used again by every later attempt."""
+    """Every choice that decides the bits of a run; fixed before step 0 and used again by every later attempt.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    A field that this version does not know is another version's, whose fingerprint differs: `exact` is false then.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     device: str  # cpu or cuda; which one of several does not matter
     fingerprint: dict[str, Any] = {}  # of where the run began: what the bits depend on beside the plan

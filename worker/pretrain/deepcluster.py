@@ -105,8 +105,9 @@ class DeepCluster(nn.Module):
         seed = int(torch.randint(2**62, ()))  # from the loop's own draw for this epoch
         k = len(self.get_buffer("centroids"))
         found = kmeans.kmeans(
-            embedded, k, generator=torch.Generator().manual_seed(seed), iterations=self._params.iterations
-        )
+            embedded, k, generator=torch.Generator().manual_seed(seed), iterations=self._params.iterations,
+            tick=features_of.tick,
+        )  # fmt: skip
         self._tell(found.assignment, features_of.labels, first=progress.epoch == 0)
         self.get_buffer("shift").copy_(shift)
         self.get_buffer("matrix").zero_()[:, : matrix.shape[1]] = matrix

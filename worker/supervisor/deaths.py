@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from app.domain.errors import Failure
+from app.domain.jobs import MAX_CONSECUTIVE_LOSSES
 from worker.disk import is_full
+
+OUT_OF_MEMORY = "out_of_memory"  # the code of a trainer that the kernel ended; the next attempt spares memory
 
 # Why a trainer was killed by its own supervisor.
 Verdict = Literal["fenced", "hung", "protocol", "cancelled", "drained", "silent"]
@@ -35,9 +38,9 @@ def failure_of_death(verdict: Verdict | None, code: int | None, *, out_of_memory
     elif out_of_memory:
         message = "The trainer was killed because the machine ran out of memory."
         hint = "Try a smaller batch_size, then /retry."
-        if losses:  # the second time it is no accident
-            return Failure(fault="resource", code="out_of_memory", message=message, hint=hint, phase="run")
-        name = "out_of_memory"
+        if losses + 1 >= MAX_CONSECUTIVE_LOSSES:  # though each attempt spared more than the one before
+            return Failure(fault="resource", code=OUT_OF_MEMORY, message=message, hint=hint, phase="run")
+        name = OUT_OF_MEMORY
     elif code is None or code == -signal.SIGKILL:
         name, message = "trainer_killed", "The trainer was killed."
     elif code < 0:

@@ -42,6 +42,10 @@ class Outbox:
         self._counted = now
         return self._credit >= 1.0 or len(self.rows) > FLUSH_ROWS
 
+    def forget_after(self, step: int) -> None:
+        """Drop the numbers of steps that will be done again, after `step`."""
+        self.rows = [row for row in self.rows if row[1] <= step]
+
     def flush(self) -> None:
         """Write it in a transaction of its own."""
         self._credit = max(self._credit - 1.0, 0.0)

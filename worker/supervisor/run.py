@@ -203,6 +203,8 @@ class Run:
                 raise AssertionError("a last word is not heard here")
 
     def _begin(self, wire: Wire, planned: Planned) -> None:
+        self._outbox.forget_after(self._from_step)
+
         def begin(session: Session) -> None:
             attempts.begin(
                 session, self._held, plan=planned.plan, fingerprint=planned.fingerprint, exact=planned.exact,

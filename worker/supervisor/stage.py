@@ -27,6 +27,7 @@ from app.store import cache, checkpoints, children, recipes, tables
 from app.store.blobs import Blobs, CorruptBlob, MissingBlob
 from app.store.session import transaction
 from worker.report import BaseModelInput, Limits, Order
+from worker.supervisor.deaths import OUT_OF_MEMORY
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +46,7 @@ class Inputs:
     checkpoints: Sequence[tables.Checkpoint]  # the best choice first
     children: tuple[dict[str, Any], ...]
     plans: bool  # it only plans other jobs: facts are enough, no bytes are fetched
+    killed_for_memory: bool  # the attempt before this one
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def stage(
         job=job.id, attempt=job.attempt, kind=cast("Kind", job.kind), recipe=job.recipe, spec=job.spec, plan=job.plan,
         dataset=dataset, model=model, upload=upload,
         upload_name=inputs.upload[1] if inputs.upload else None, checkpoint=str(state) if checkpoint else None,
+        spare_memory=inputs.killed_for_memory,
         children=inputs.children, stopping=job.wanted == Wanted.STOP, scratch=str(scratch.folder),
         cache=str(home_cache), cache_bytes=settings.cache_bytes,
         threads=threads, device=device,
@@ -161,6 +164,7 @@ def find_inputs(session: Session, job: tables.Job) -> Inputs:
         checkpoints=checkpoints.to_resume(session, job),
         children=children.ended(session, job),
         plans=_plans(session, job),
+        killed_for_memory=_killed_for_memory(session, job),
     )
 
 
@@ -215,6 +219,11 @@ def _plans(session: Session, job: tables.Job) -> bool:
     return recipe is not None and bool(recipe.requires.get("plans"))
 
 
+def _killed_for_memory(session: Session, job: tables.Job) -> bool:
+    before = session.get(tables.Attempt, (job.id, job.attempt - 1))
+    return before is not None and (before.error or {}).get("code") == OUT_OF_MEMORY
+
+
 def _newest_valid(
     blobs: Blobs, choices: Sequence[tables.Checkpoint], to: Path, check: Callable[[], None]
 ) -> tuple[tables.Checkpoint | None, list[tables.Checkpoint]]:
@@ -240,9 +249,9 @@ def _link(source: Path, to: Path) -> Path:
     return to
 
 
-def tidy(engine: Engine, settings: Settings, *, local_store: bool) -> None:
+def tidy(engine: Engine, blobs: Blobs, settings: Settings) -> None:
     """Keep the input cache within its budget, oldest first, and remove the scratch of attempts that are over."""
-    cache.trim(settings.home_path / "cache" / "blobs", settings.cache_bytes, local_store=local_store)
+    cache.trim(blobs, settings.home_path / "cache" / "blobs", settings.cache_bytes)
     with transaction(engine, read_only=True) as session:
         rows = session.execute(
             select(tables.Attempt.job_id, tables.Attempt.attempt).where(tables.Attempt.closed_at.is_(None))

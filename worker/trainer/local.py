@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     def listener(message: Message) -> None:
         print(message.model_dump_json(), flush=True)
 
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     reporter = Reporter(listener=listener)
     threads = arguments.threads or max(1, torch.get_num_threads() // (arguments.processes or 1))
     try:

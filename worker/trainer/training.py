@@ -25,10 +25,14 @@ from worker.trainer.trouble import translated, with_less_memory
 
 
 def train(order: Order, reporter: Reporter) -> Finished:
-    """Train as ordered; after running out of memory in a way that takes less, from the last checkpoint."""
+    """Train as ordered; after running out of memory in a way that takes less, from the last checkpoint.
+
+    On a CPU nothing is raised where memory runs out: the kernel ends the process. That attempt is made up for here.
+    """
     newest = Path(order.checkpoint) if order.checkpoint else None
     checkpoints = Checkpoints(Path(order.scratch), reporter, newest=newest)
     first, plan = plans_of(order, checkpoints)
+    spare = order.spare_memory
     while True:
         made = assemble(order, reporter, plan=plan)
         plan = made.plan
@@ -40,6 +44,9 @@ def train(order: Order, reporter: Reporter) -> Finished:
             plan = made.plan
             announce(plan, made.device, reporter, first=first)
         try:
+            if spare:
+                spare = False
+                raise MemoryError("the attempt before this one was killed")
             with ranks.together(order, plan, checkpoints.newest, reporter):
                 result = loop.train(
                     made.objective, made.data, made.spec.training, plan, made.device, reporter, checkpoints,

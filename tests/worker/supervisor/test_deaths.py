@@ -17,7 +17,8 @@ pytestmark = pytest.mark.unit
     [
         (None, -9, False, 0, ("system", "trainer_killed", True)),
         (None, -9, True, 0, ("system", "out_of_memory", True)),
-        (None, -9, True, 1, ("resource", "out_of_memory", False)),
+        (None, -9, True, 1, ("system", "out_of_memory", True)),
+        (None, -9, True, 2, ("resource", "out_of_memory", False)),
         (None, -11, False, 0, ("system", "trainer_crashed", True)),
         (None, 0, False, 0, ("system", "trainer_exited", True)),
         (None, None, False, 0, ("system", "trainer_killed", True)),

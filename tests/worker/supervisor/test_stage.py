@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from app.domain.errors import DataFault, SystemFault, UserFault
+from app.domain.errors import DataFault, Failure, SystemFault, UserFault
 from app.domain.jobs import Actor, Status
 from app.settings import Settings
-from app.store import attempts, life, tables
+from app.store import attempts, endings, life, tables
 from app.store.blobs import Blobs, CorruptBlob, Stored, open_blobs
+from app.store.cache import ABANDONED_SECONDS
 from app.store.session import make_engine, transaction
 from tests.databases import template
 from tests.factories import make_blob, make_dataset, make_job, make_model, make_project
@@ -185,6 +186,21 @@ def checkpointed_job(engine: Engine, blobs: Blobs, *steps: int) -> str:
     return job_id
 
 
+@pytest.mark.parametrize(("code", "spares"), [("out_of_memory", True), ("trainer_killed", False)])
+def test_the_attempt_after_a_kill_for_memory_is_told_to_spare_it(
+    code: str, spares: bool, engine: Engine, blobs: Blobs, own: Settings
+) -> None:
+    job_id = checkpointed_job(engine, blobs)
+    with transaction(engine) as session:
+        job = session.get_one(tables.Job, job_id)
+        held = attempts.Held(job_id, job.project_id, job.attempt, "wrk_test")
+        failure = Failure(fault="system", code=code, message="It was killed.", phase="run", retryable=True)
+        endings.give_up(session, held, failure)
+        job.attempt += 1  # it is claimed again
+    staged, _ = prepare(engine, blobs, own, job_id)
+    assert staged.order.spare_memory == spares
+
+
 def test_the_newest_checkpoint_is_staged(engine: Engine, blobs: Blobs, own: Settings) -> None:
     job_id = checkpointed_job(engine, blobs, 10, 20)
     staged, _ = prepare(engine, blobs, own, job_id)
@@ -253,12 +269,22 @@ def test_tidying_keeps_what_is_in_use(engine: Engine, blobs: Blobs, own: Setting
     fresh.make()
     for scratch in (abandoned, alive):
         os.utime(scratch.folder, (time.time() - 7200, time.time() - 7200))
-    tidy(engine, own, local_store=True)
+    tidy(engine, blobs, own)
     assert not abandoned.folder.exists()
     assert alive.folder.exists()  # its attempt is still open
     assert fresh.folder.exists()
     cached = own.home_path / "cache" / "blobs" / shards[0].sha256
     assert cached.exists()
+    whole = cached.read_bytes()
+    cached.unlink()
+    cached.write_bytes(whole)  # where nothing can be linked the store's files and these are copies
+    coming, old = cached.with_name(".coming"), cached.with_name(".old")
+    for path in (coming, old):
+        path.write_bytes(b"half")
+    long_ago = time.time() - 2 * ABANDONED_SECONDS
+    os.utime(old, (long_ago, long_ago))
+    tidy(engine, blobs, own)
+    assert (cached.exists(), coming.exists(), old.exists()) == (True, True, False)
     blobs.delete(shards[0].sha256)
-    tidy(engine, own, local_store=True)
+    tidy(engine, blobs, own)
     assert not cached.exists()  # the store has let it go
