@@ -27,7 +27,7 @@ def evaluating(module: nn.Module, plan: Plan, device: torch.device) -> Iterator[
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad(), compute.autocast(plan, device), distributed.alone():
+        with torch.no_grad(), compute.autocast(plan, device), compute.uncompiled(plan), distributed.alone():
             yield
     finally:
         module.train(was_training)

@@ -81,7 +81,7 @@ def train(
         report.event("train.resumed", f"Going on after step {state.step} of {plan.steps}.", step=state.step)
     if plan.compile:
         for compiled in getattr(module, "compiled_parts", [objective.backbone]):
-            compiled.compile()
+            compiled.compile(dynamic=False)  # each size for itself, whichever a resumed run happens to see first
     forward = distributed.parallel(module, idle_parameters=getattr(module, "idle_parameters", False))
     module.train()
     share = Share(data, plan, without_labels=hasattr(module, "labelled_part"))

@@ -156,6 +156,27 @@ def test_killed_for_real_and_resumed_in_another_process(
     assert (again.metrics, again.best) == (ended.metrics, ended.best)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["image_classification", "deepcluster"])
+def test_compiled_it_ends_with_the_same_bits_whichever_batch_comes_first(
+    recipe: str, coloured: DatasetFacts, tmp_path: Path
+) -> None:
+    """deepcluster begins with all images in large batches; resumed within an epoch it begins with a step."""
+    body = sets.spec(recipe, training={"compile": True, "checkpoint_every": 1, "epochs": 2, "precision": "float32"})
+    whole = sets.order(body, coloured, tmp_path / "whole")
+    heard = in_a_process(whole)
+    ended = heard[-1]
+    assert isinstance(ended, Finished), ended
+    assert next(each for each in heard if isinstance(each, Planned)).plan["compile"] is True
+    cut = sets.order(body, coloured, tmp_path / "cut")
+    in_a_process(cut, kill_after=3)
+    newest = sorted(Path(cut.scratch).glob("checkpoint-*.safetensors"))[-1]
+    resumed = sets.order(body, coloured, tmp_path / "resumed", checkpoint=str(newest))
+    again = in_a_process(resumed)
+    assert next(each for each in again if isinstance(each, Planned)).exact is True
+    assert sets.weights_sha256(resumed) == sets.weights_sha256(whole)
+
+
 @pytest.mark.parametrize("streamed_first", [True, False])
 def test_going_on_with_or_without_room_for_decoded_images_changes_no_bit(streamed_first: bool, tmp_path: Path) -> None:
     """A stream knows mean and deviation from a part of the images, so those of the plan have to count."""

@@ -14,11 +14,12 @@ import torchvision.transforms.v2.functional as v2
 from app.domain.datasets import DatasetFacts
 from app.domain.errors import DataFault
 from tests.worker import sets
+from worker import ticker
 from worker.data import encoded, images, shelf
 from worker.data.images import Images, Streamed, native_size, open_images
 from worker.data.shelf import Shelf
 from worker.data.source import ahead, in_order, part
-from worker.report import Event
+from worker.report import Event, Progress
 
 pytestmark = pytest.mark.worker
 
@@ -102,6 +103,20 @@ def test_the_second_use_decodes_nothing(facts: DatasetFacts, tmp_path: Path, mon
     assert heard.codes() == ["data.cached"]
     assert torch.equal(again.batch(torch.arange(12))["image"], first.batch(torch.arange(12))["image"])
     assert again.mean == first.mean
+
+
+def test_decoding_gives_signs_of_life_and_says_how_far_it_is(
+    facts: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ticker, "SECONDS", 0.0)
+    monkeypatch.setattr(images, "CHUNK", 4)
+    heard = sets.Heard()
+    rows = facts.splits["train"]
+    open_images(
+        facts, "train", image_size=8, channels=1, shelf=Shelf(tmp_path, 10**9), threads=2, reporter=heard.reporter
+    )
+    told = [(each.step, each.steps) for each in heard.of(Progress) if each.phase == "decode train"]
+    assert told == [(min(done, rows), rows) for done in range(4, rows + 4, 4)]
 
 
 def test_streaming_gives_the_same_rows_and_an_event(facts: DatasetFacts, tmp_path: Path) -> None:

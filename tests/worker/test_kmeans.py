@@ -83,6 +83,12 @@ def test_many_points_are_seeded_from_a_part(monkeypatch: pytest.MonkeyPatch) -> 
     assert kmeans.kmeans(points, 8, generator=draws()).inertia == pytest.approx(scikit(points, 8), rel=0.02)
 
 
+def test_it_gives_signs_of_life_by_centroid_and_by_iteration() -> None:
+    told: list[tuple[int, int]] = []
+    found = kmeans.kmeans(blobs(), 8, generator=draws(), iterations=30, tick=lambda done, of: told.append((done, of)))
+    assert told == [(done, 8) for done in range(1, 8)] + [(done, 30) for done in range(found.iterations)]
+
+
 def test_every_point_is_with_its_nearest_centroid(form: str) -> None:
     points = blobs(500, away=3.0)
     found = kmeans.kmeans(points, 12, generator=draws(1))

@@ -147,3 +147,12 @@ def test_the_disk_budget_is_the_setting_that_its_messages_name(
         monkeypatch.setenv("TUNEYARD_CACHE_BYTES", room)
     said = run(sets.spec(training={"steps": 1}), "builtin:digits", tmp_path, capsys)
     assert ("data.streaming" in [each.get("code") for each in said]) == streamed
+
+
+def test_what_a_killed_run_left_is_not_taken_for_this_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left = tmp_path / "out" / ".work" / "children" / "0.1"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"of another job")
+    run(sets.spec(training={"steps": 1}), "builtin:digits", tmp_path, capsys)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "children").exists()

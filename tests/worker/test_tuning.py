@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from app.domain.errors import UserFault
 from app.domain.spec import Optimizer, Training
@@ -201,6 +202,24 @@ def test_this_machine_can_be_looked_at() -> None:
     assert {"torch", "processor", "instructions"} <= set(found)
     assert "engine" not in found, "or every update would throw away what is kept under it"
     assert machine.provenance("cpu") == {**found, "engine": sources.digest()}
+
+
+def test_products_of_float32_that_round_to_bfloat16_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with AMX, under the precision that lets oneDNN multiply."""
+    real = torch.Tensor.__matmul__
+
+    def rounding(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.dtype == torch.float64 or torch.get_float32_matmul_precision() != "medium":
+            return real(a, b)
+        return real(a.bfloat16().float(), b.bfloat16().float())
+
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    assert not machine.onednn_is_exact.__wrapped__()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: real(a.double(), b.double()).to(a.dtype))
+    assert machine.onednn_is_exact.__wrapped__()
+    assert torch.get_float32_matmul_precision() == before
 
 
 def take_over(begun: Plan, hardware: Hardware, **asked: Any) -> Plan:

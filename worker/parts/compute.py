@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,14 @@ def settle(plan: Plan) -> None:
     # The fused attentions go backward deterministically only where nothing may merely warn.
     for fused in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{fused}_sdp")(not ordered)
+
+
+@contextmanager
+def uncompiled(plan: Plan) -> Iterator[None]:
+    """Call compiled modules as they are for a while: batches of other sizes are not worth 10 to 30 s of compiling each,
+    and whether they or a step came first, which a resumed run changes, would decide what is compiled."""
+    with torch.compiler.set_stance("force_eager") if plan.compile else nullcontext():
+        yield
 
 
 @contextmanager

@@ -209,7 +209,7 @@ class Seen:
                 self.facts, split, image_size=self.network.image_size, channels=self.network.channels,
                 shelf=shelf_of(self.order), threads=self.plan.threads, reporter=self.reporter,
             )  # fmt: skip
-            if isinstance(opened, Images) and fits(opened, self.device):
+            if isinstance(opened, Images) and fits(opened, self.device, sum(self.facts.splits.values())):
                 opened = opened.on(self.device)
             self._sources[split] = opened
         return self._sources[split]

@@ -83,13 +83,13 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
     family = network.facts["family"]
     threads = plan.threads if plan is not None else tuning.thread_count(family, size, hardware, measured)[0]
     torch.set_num_threads(threads)
-    seed, shelf = spec.training.seed, shelf_of(order)
+    seed, shelf, of_all = spec.training.seed, shelf_of(order), sum(facts.splits.values())
 
     def images(split: str) -> Images | Streamed:
         opened = open_images(
             facts, split, image_size=size, channels=channels, shelf=shelf, threads=threads, reporter=reporter
         )
-        return opened.on(device) if isinstance(opened, Images) and fits(opened, device) else opened
+        return opened.on(device) if isinstance(opened, Images) and fits(opened, device, of_all) else opened
 
     train = images("train")
     # A part of the images that is streamed is only estimated from: the plan's figures are those of the run.
@@ -127,7 +127,8 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
             ),
             hardware, mean=mean, std=std, processes=processes, memo=measured,
             fingerprint=machine.provenance(device.type),
-            cache="stream" if isinstance(train, Streamed) else "resident" if fits(train, device) else "memory_map",
+            cache="stream" if isinstance(train, Streamed)
+            else "resident" if fits(train, device, of_all) else "memory_map",
         )  # fmt: skip
     else:
         plan = tuning.spread(taken_over(plan, family, hardware, asked=spec.training), processes)

@@ -51,8 +51,10 @@ def choose_processes(spec: Spec, order: Order, device: torch.device) -> int:
     return wanted
 
 
-def fits(images: Images, device: torch.device) -> bool:
-    """Say whether decoded images shall live on the device: on a GPU, up to a quarter of its memory."""
+def fits(images: Images, device: torch.device, rows: int) -> bool:
+    """Say whether decoded images shall live on the device: on a GPU, where all `rows` of the dataset take a quarter of
+    its memory at most, because its splits are there together."""
     if device.type != "cuda":
         return False
-    return images.pixels.nbytes <= torch.cuda.get_device_properties(device).total_memory // 4
+    needed = images.pixels.nbytes * rows // max(len(images), 1)
+    return needed <= torch.cuda.get_device_properties(device).total_memory // 4
