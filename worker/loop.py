@@ -117,6 +117,7 @@ def train(
         report.send(Metrics(rows=tuple((name, state.step, value) for name, value in finite.items())))
 
     spread: float | None = None
+    numbers: dict[str, float] = {}  # of the last look
     while state.step < plan.steps and not halted():
         epoch, position = divmod(state.step, plan.steps_per_epoch)
         if position == 0 and hasattr(module, "before_epoch"):
@@ -208,9 +209,9 @@ def train(
             average.keep()
         if best_weights and (wish == "stop" or training.early_stopping is not None):
             module.load_state_dict(best_weights)
-            if (
-                kind == "pretrain" and (state.best or {}).get("step") != state.step
-            ):  # a fine-tune is measured in any case
+            # A fine-tune is measured in any case; here the last look may have been at these weights, probes included.
+            probed = not plan.probe_every or any(name.startswith("probe/") for name in numbers)
+            if kind == "pretrain" and not (probed and (state.best or {}).get("step") == state.step):
                 state.note(_look(module, data, plan, device, plan.epochs - 1, ticker("validate")))
     distributed.separate_norms(module)
     report.send(clock.shown(state.step))

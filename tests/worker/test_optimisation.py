@@ -107,7 +107,8 @@ def test_an_optimiser_is_torchs_plain_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("asked", [{}, {"momentum": 0.6, "nesterov": True}])
-def test_muon_is_torchs_over_filters_as_matrices(asked: dict[str, Any]) -> None:
+def test_muon_is_torchs_over_filters_as_matrices(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "has_bfloat16", lambda: True)
     one, other = Network(), Network()
     steps(one, optim.build(optim.groups(one), Optimizer.model_validate({"name": "muon", **asked})), 5)
     matrix = nn.Parameter(other.stem.weight.detach().reshape(8, -1).clone())
@@ -123,6 +124,33 @@ def test_muon_is_torchs_over_filters_as_matrices(asked: dict[str, Any]) -> None:
         reference.param_groups[0]["lr"], reference.param_groups[0]["weight_decay"] = 0.01 * (number + 1), 0.1
         reference.step()
     torch.testing.assert_close(one.stem.weight.detach().reshape(8, -1), matrix.detach())
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(8, 27), (27, 8)])
+def test_without_instructions_for_bfloat16_muon_is_torchs_in_float32(
+    shape: tuple[int, int], nesterov: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "has_bfloat16", lambda: False)
+    draws = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(shape, generator=draws), [torch.randn(shape, generator=draws) for _ in range(5)]
+    wanted, made = Optimizer(name="muon", nesterov=nesterov), list[nn.Parameter]()
+    optimizers = [
+        optim._muon([{"params": [nn.Parameter(start.clone())]}], wanted),
+        torch.optim.Muon([nn.Parameter(start.clone())], momentum=wanted.momentum, nesterov=nesterov,
+                         adjust_lr_fn="match_rms_adamw"),
+    ]  # fmt: skip
+    assert [type(each) for each in optimizers] == [optim.Float32Muon, torch.optim.Muon]
+    for optimizer in optimizers:
+        (matrix,) = optimizer.param_groups[0]["params"]
+        optimizer.param_groups[0].update(lr=0.01, weight_decay=0.1)
+        for gradient in gradients:
+            matrix.grad = gradient.clone()
+            optimizer.step()
+        made.append(matrix)
+    moved = (made[1] - start).norm()
+    assert (made[0] - made[1]).norm() < 0.02 * moved, "but for the rounding of bfloat16"
+    assert optimizers[0].state[made[0]].keys() == optimizers[1].state[made[1]].keys()
 
 
 def part_way(count: int, asked: dict[str, Any]) -> dict[str, torch.Tensor]:

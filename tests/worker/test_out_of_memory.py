@@ -19,7 +19,7 @@ from tests.worker.objectives import CPU, Hungry, Rows, data, plan, whole
 from worker import evaluate
 from worker.recipe import Batch, Progress
 from worker.report import Event, Planned, Saved
-from worker.trainer import assembly, ranks, training, trouble
+from worker.trainer import assembly, ranks, training
 
 pytestmark = pytest.mark.worker
 
@@ -45,6 +45,16 @@ def test_after_a_kill_for_memory_the_next_attempt_takes_less(
     assert [message.plan["accumulate"] for message in heard.of(Planned)] == [1, 2]
     assert (set(hungry.sizes), last.outcome) == ({8}, "succeeded")
     assert "memory.micro_batch_halved" in heard.codes()
+
+
+def test_after_a_kill_for_memory_with_nothing_left_to_spare_it_is_tried_as_it_is(
+    digits: DatasetFacts, tmp_path: Path
+) -> None:
+    """Another process may have taken the memory."""
+    body = sets.spec(training={"batch_size": 3, "steps": 2})
+    heard, last = sets.finished(sets.order(body, digits, tmp_path, attempt=2, spare_memory=True))
+    assert [message.plan["accumulate"] for message in heard.of(Planned)] == [1]
+    assert last.outcome == "succeeded"
 
 
 def test_a_run_that_goes_on_after_a_kill_for_memory_does_not_end_with_the_same_bits(
@@ -261,7 +271,7 @@ def test_what_a_failed_step_held_is_free_before_anything_else_is_tried(
 ) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
     alive: list[bool] = []
-    train, choose = training.loop.train, trouble.let_go
+    train, choose = training.loop.train, training.let_go
 
     def once(*args: Any, **given: Any) -> Any:
         if held:
@@ -279,7 +289,7 @@ def test_what_a_failed_step_held_is_free_before_anything_else_is_tried(
         alive.append(held[0]() is not None)
 
     monkeypatch.setattr(training.loop, "train", once)
-    monkeypatch.setattr(trouble, "let_go", looked)
+    monkeypatch.setattr(training, "let_go", looked)
     heard, _ = sets.finished(sets.order(sets.spec(), digits, tmp_path))
     assert "memory.micro_batch_halved" in heard.codes()
     assert alive == [True, False]

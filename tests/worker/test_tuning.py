@@ -222,13 +222,16 @@ def test_products_of_float32_that_round_to_bfloat16_are_found_out(monkeypatch: p
     assert torch.get_float32_matmul_precision() == before
 
 
+EXACT = replace(OLD, onednn_is_exact=True)
+
+
 def take_over(begun: Plan, hardware: Hardware, **asked: Any) -> Plan:
     return taken_over(begun, "convolutional", hardware, asked=Training(**asked))
 
 
 def test_what_this_machine_cannot_do_is_done_otherwise_and_has_its_reason() -> None:
     begun = resolve(compile=True).model_copy(update={"precision": "float16", "accumulate": 2})
-    made = take_over(begun, OLD)
+    made = take_over(begun, EXACT)
     assert (made.compile, made.precision) == (False, "float32")
     assert "no C++ compiler" in made.reasons["compile"]
     assert "float16" in made.reasons["precision"]
@@ -237,7 +240,15 @@ def test_what_this_machine_cannot_do_is_done_otherwise_and_has_its_reason() -> N
     assert kept == begun, "and nothing else"
     assert take_over(begun, AMD).precision == "bfloat16"
     assert take_over(begun, AMD).compile is True
-    assert take_over(made, OLD) == made, "every process of a run comes to the same"
+    assert take_over(made, EXACT) == made, "every process of a run comes to the same"
+
+
+def test_products_that_would_be_rounded_here_are_not() -> None:
+    begun = resolve(precision="float32")
+    assert begun.float32_matmul == "medium"
+    made = take_over(begun, replace(AMD, onednn_is_exact=False))
+    assert made.float32_matmul == "highest"
+    assert "this one does" in made.reasons["float32_matmul"]
 
 
 def test_bfloat16_that_is_asked_for_is_said_to_be_slow_where_there_are_no_instructions_for_it() -> None:
@@ -250,7 +261,7 @@ def test_bfloat16_goes_on_where_there_are_no_instructions_for_it_only_if_it_was_
     made = take_over(begun, OLD)
     assert (begun.precision, made.precision) == ("bfloat16", "float32")
     assert "began in bfloat16" in made.reasons["precision"]
-    assert take_over(begun, OLD, precision="bfloat16") == begun
+    assert take_over(begun, EXACT, precision="bfloat16") == begun
     assert take_over(begun, replace(GPU, bfloat16=False)).precision == "bfloat16", "a GPU computes it, slowly"
 
 

@@ -40,7 +40,7 @@ def shown(module: nn.Module, step: int, batch: Batch) -> Batch:
         return batch
     if part_of(step) > 0:
         known = (batch["label"] >= 0).float()
-        return {**batch, "labelled": known.mean().expand(len(known))}
+        return {**batch, "labelled": known.mean().repeat(len(known))}
     return {name: value for name, value in batch.items() if name != "label"}
 
 

@@ -38,4 +38,7 @@ def taken_over(plan: Plan, family: str, hardware: Hardware, *, asked: Training) 
     if hardware.device == "cpu" and (plan.precision == "float16" or slow):
         changed["precision"], why = choices.precision(family, hardware)
         reasons["precision"] = f"the run began in {plan.precision}, which has no usable arithmetic here; now: {why}"
+    if hardware.device == "cpu" and plan.float32_matmul == "medium" and not hardware.onednn_is_exact:
+        changed["float32_matmul"] = "highest"
+        reasons["float32_matmul"] = "the run began on a processor that does not round these products; this one does"
     return plan.model_copy(update={**changed, "reasons": reasons})

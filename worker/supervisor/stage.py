@@ -220,8 +220,14 @@ def _plans(session: Session, job: tables.Job) -> bool:
 
 
 def _killed_for_memory(session: Session, job: tables.Job) -> bool:
-    before = session.get(tables.Attempt, (job.id, job.attempt - 1))
-    return before is not None and (before.error or {}).get("code") == OUT_OF_MEMORY
+    """Say how the last attempt ended that came as far as a plan, or died on the way to it."""
+    before = session.scalars(
+        select(tables.Attempt)
+        .where(tables.Attempt.job_id == job.id, tables.Attempt.attempt < job.attempt)
+        .order_by(tables.Attempt.attempt.desc())
+    )
+    last = next((each for each in before if each.fingerprint or each.error), None)
+    return last is not None and (last.error or {}).get("code") == OUT_OF_MEMORY
 
 
 def _newest_valid(

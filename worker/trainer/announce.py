@@ -21,7 +21,10 @@ def announce(plan: Plan, device: torch.device, reporter: Reporter, *, first: Pla
         differs += ["kernels"] if device.type == "cuda" and not plan.deterministic else []
         # What this machine or this worker does otherwise (taken_over.py), what turned out to have no room for a cache,
         # then what is done after memory ran out.
-        changed = ("compile", "precision", "world_size", "prefix_views", "accumulate", "checkpoint_activations")
+        changed = (
+            "compile", "precision", "float32_matmul", "world_size", "prefix_views", "accumulate",
+            "checkpoint_activations",
+        )  # fmt: skip
         differs += [name for name in changed if getattr(plan, name) != getattr(first, name)]
     if differs:
         reporter.event(

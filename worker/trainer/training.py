@@ -13,7 +13,7 @@ from worker.checkpoint import Checkpoints, Contents
 from worker.loop import Result
 from worker.parts import compute, distributed
 from worker.parts.export import Card, export
-from worker.parts.memory import is_out_of_memory, not_training
+from worker.parts.memory import is_out_of_memory, let_go, not_training
 from worker.parts.taken_over import latest
 from worker.parts.tuning import Plan
 from worker.report import Finished, MadeModel, Metrics, Order, Reporter
@@ -21,7 +21,7 @@ from worker.ticker import Ticker
 from worker.trainer import ranks, show
 from worker.trainer.announce import announce
 from worker.trainer.assembly import Assembly, assemble, start
-from worker.trainer.trouble import translated, with_less_memory
+from worker.trainer.trouble import does_not_fit, translated, with_less_memory
 
 
 def train(order: Order, reporter: Reporter) -> Finished:
@@ -43,10 +43,13 @@ def train(order: Order, reporter: Reporter) -> Finished:
         if made.plan != plan:  # what the frozen layers give has no room after all
             plan = made.plan
             announce(plan, made.device, reporter, first=first)
+        if spare:
+            spare, less = False, with_less_memory(made, reporter)
+            if less is not None:
+                first, plan = (first or plan) if checkpoints.newest is not None else first, less
+                del made  # before the next one is there beside it
+                continue
         try:
-            if spare:
-                spare = False
-                raise MemoryError("the attempt before this one was killed")
             with ranks.together(order, plan, checkpoints.newest, reporter):
                 result = loop.train(
                     made.objective, made.data, made.spec.training, plan, made.device, reporter, checkpoints,
@@ -55,7 +58,11 @@ def train(order: Order, reporter: Reporter) -> Finished:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            before, plan = plan, with_less_memory(made, error, reporter)
+            let_go(error)
+            before, less = plan, with_less_memory(made, reporter)
+            if less is None:
+                raise does_not_fit(made) from error
+            plan = less
             if checkpoints.newest is not None:
                 first = first or before  # the run goes on, otherwise than it began
             del made  # before the next one is there beside it

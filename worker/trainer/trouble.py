@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from app.domain.errors import JobFault, ResourceFault, SystemFault, UserFault
 from worker.disk import is_full
-from worker.parts.memory import is_out_of_memory, let_go
+from worker.parts.memory import is_out_of_memory
 from worker.parts.tuning import Plan
 from worker.report import Reporter
 from worker.trainer import measure
@@ -16,19 +16,14 @@ from worker.trainer.assembly import Assembly
 TRACE_LINES = 30
 
 
-def with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Plan:
+def with_less_memory(made: Assembly, reporter: Reporter) -> Plan | None:
     """Take a smaller micro-batch, where that is the same computation but for batch norm; else keep fewer activations.
 
     The next one is the largest that divides the batch and is at most half of what did not fit: every attempt costs the
-    steps since the last checkpoint, and so there are few of them.
-
-    Raises:
-        ResourceFault: neither is left to do; the hint says what would fit.
+    steps since the last checkpoint, and so there are few of them. None where neither is left to do.
     """
     plan = made.plan
     micro = plan.batch_size // plan.accumulate
-    each = plan.world_size  # processes that share it
-    let_go(error)
     if bool(cast(Any, made.objective).couples_batch):
         if not plan.checkpoint_activations:
             reporter.event(
@@ -39,22 +34,11 @@ def with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Pl
             )  # fmt: skip
             why = {**plan.reasons, "checkpoint_activations": f"a batch of {micro} did not fit into memory without"}
             return plan.model_copy(update={"checkpoint_activations": True, "compile": False, "reasons": why})
-        fits = measure.largest_batch(made, micro // 2 // each)
-        raise ResourceFault(
-            f"A batch of {micro} does not fit into memory even when activations are computed twice, and it is not "
-            f"split, because the loss of {made.recipe.name} ties its samples together.", code="out_of_memory",
-            hint=_what_fits(fits, each),
-        ) from error  # fmt: skip
-    # Batch norm of one sample alone may be an error of torch's, and is never what was asked for; processes share it.
-    normed = any(isinstance(module, _BatchNorm) and module.training for module in made.objective.modules())
-    least = max(each, 2 if normed else 1)
-    below = range(micro // 2, least - 1, -1)
-    smaller = next((size for size in below if plan.batch_size % size == 0 == size % each), None)
+        return None
+    below = range(micro // 2, _least(made) - 1, -1)
+    smaller = next((size for size in below if plan.batch_size % size == 0 == size % plan.world_size), None)
     if smaller is None:
-        fits = measure.largest_batch(made, micro // 2 // each) if micro // 2 >= least else None
-        raise ResourceFault(
-            f"A micro-batch of {micro} does not fit into memory.", code="out_of_memory", hint=_what_fits(fits, each)
-        ) from error
+        return None
     reporter.event(
         "memory.micro_batch_halved",
         f"Out of memory: each batch of {plan.batch_size} now goes in parts of {smaller} whose gradients add up. "
@@ -62,6 +46,30 @@ def with_less_memory(made: Assembly, error: Exception, reporter: Reporter) -> Pl
     )  # fmt: skip
     why = {**plan.reasons, "accumulate": f"a micro-batch of {micro} did not fit into memory"}
     return plan.model_copy(update={"accumulate": plan.batch_size // smaller, "reasons": why})
+
+
+def does_not_fit(made: Assembly) -> ResourceFault:
+    """Say that nothing is left to do with less memory, and what would fit, which is tried."""
+    plan = made.plan
+    micro, each = plan.batch_size // plan.accumulate, plan.world_size
+    if bool(cast(Any, made.objective).couples_batch):
+        fits = measure.largest_batch(made, micro // 2 // each)
+        return ResourceFault(
+            f"A batch of {micro} does not fit into memory even when activations are computed twice, and it is not "
+            f"split, because the loss of {made.recipe.name} ties its samples together.", code="out_of_memory",
+            hint=_what_fits(fits, each),
+        )  # fmt: skip
+    fits = measure.largest_batch(made, micro // 2 // each) if micro // 2 >= _least(made) else None
+    return ResourceFault(
+        f"A micro-batch of {micro} does not fit into memory.", code="out_of_memory", hint=_what_fits(fits, each)
+    )
+
+
+def _least(made: Assembly) -> int:
+    """Give the smallest micro-batch: batch norm of one sample alone may be an error of torch's, and is never what was
+    asked for; processes share it."""
+    normed = any(isinstance(module, _BatchNorm) and module.training for module in made.objective.modules())
+    return max(made.plan.world_size, 2 if normed else 1)
 
 
 def _what_fits(each: int | None, processes: int) -> str:
