@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def test_the_first_bad_files_end_the_run_where_that_is_asked(tmp_path: Path) -> 
     files = some("a/good.jpg") | {f"a/bad{n:02d}.jpg": b"no" for n in range(30)}
     with pytest.raises(DataFault) as caught:
         ingest(files, tmp_path, on_error="fail")
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("ingest")]
+    assert left == [], "ended by name, not when garbage is collected: the fault still holds its frames"
     assert caught.value.code == "bad_files"
     assert "a/bad00.jpg: not an image" in caught.value.message
     assert "a/bad09.jpg" in caught.value.message

@@ -1,5 +1,6 @@
 """From an upload to a dataset: recognise, read, decode once, write shards, report."""
 
+import contextlib
 import hashlib
 import os
 import queue
@@ -7,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +135,10 @@ def _write(
     folder.mkdir()
     writer, report = ShardWriter(folder, source.classes), Report(source)
     try:
-        _read_all(source, writer, report, on_error, _inspected(source, limits, threads), clock)
+        # Closed by name: left to the garbage collector, its threads were joined wherever that happened to run, once
+        # within the start of another thread, which then waited for ever.
+        with contextlib.closing(_inspected(source, limits, threads)) as chunks:
+            _read_all(source, writer, report, on_error, chunks, clock)
         shards = writer.close()
     except BaseException:
         writer.abandon()
@@ -205,7 +209,7 @@ class _Inspected(NamedTuple):
     verdicts: Verdicts
 
 
-def _inspected(source: Source, limits: Limits, threads: int) -> Iterator[_Inspected]:
+def _inspected(source: Source, limits: Limits, threads: int) -> Generator[_Inspected]:
     """Read and decode in parallel; what comes out is in the order of the rows, and a few chunks at most are held."""
     idle: queue.SimpleQueue[Inspector] = queue.SimpleQueue()
     started: list[Inspector] = []
