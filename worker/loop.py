@@ -177,7 +177,7 @@ def train(
                 with average.in_place() if average is not None else contextlib.nullcontext():
                     numbers = _look(module, data, plan, device, epoch, ticker("validate"))
                     tell(numbers)
-                    if stopping.judge(numbers, state, training, kind):
+                    if stopping.judge(state, training, kind):
                         best_weights.update({key: value.clone() for key, value in module.state_dict().items()})
                 stopping.report_collapse(module, spread, numbers, state, training, report)
             # The last one is written below, when everything about the end is known.

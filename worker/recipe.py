@@ -192,6 +192,8 @@ class Objective(Protocol):
                                      backbone's features of the probed rows, [rows, d]
     least_spread                     float: an epoch that ends with a smaller `spread`, which forward gives of the
                                      embeddings that the loss compares (1 where it should be), has collapsed
+    fixed_numbers                    names of scalars from forward that training does not change, so that no run is
+                                     stopped early by them
     opponents                        {"name of its loss": its submodules}: the loss is a sum of opposed ones and need
                                      not fall; each of these does while the submodules of the others stand still
     """

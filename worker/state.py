@@ -23,8 +23,9 @@ class State:
 
     step: int = 0
     best: dict[str, Any] | None = None  # {"metric", "value", "step"}
-    waited: int = 0  # validations without improvement
+    waited: int = 0  # looks without improvement
     metrics: dict[str, float | None] = field(default_factory=dict)  # the latest of each
+    told: list[str] = field(default_factory=list)  # those of them that are newer than the last judgement, sorted
     ended_by: str | None = None
     collapse_reported: bool = False
     seconds: float | None = None  # kept only under max_seconds, so that other checkpoints hold no time
@@ -33,6 +34,7 @@ class State:
         """Keep numbers as the latest of their names, and give them: null where one is not finite."""
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self.metrics.update(finite)
+        self.told = sorted({*self.told, *finite})
         return finite
 
 

@@ -20,8 +20,8 @@ def refuse_blind(training: Training, module: nn.Module, data: Data, plan: Plan) 
 
     Raises:
         UserFault: it has no validation samples, or no probes; the metric's name begins with none of the three prefixes;
-            it is the sum of what two networks fight about, which does not fall when both become better; or it is no
-            measure of quality.
+            it is the sum of what two networks fight about, which does not fall when both become better; training does
+            not change it; or it is no measure of quality.
     """
     if training.early_stopping is None:
         return
@@ -34,6 +34,8 @@ def refuse_blind(training: Training, module: nn.Module, data: Data, plan: Plan) 
         why = "nothing of that name: it is to begin with train/, validation/ or probe/"
     elif name == "train/loss" and hasattr(module, "opponents"):
         why = "opponents, whose loss says nothing of how good either is: use a metric of probe/"
+    elif name.removeprefix("train/") in getattr(module, "fixed_numbers", ()):
+        why = "one number from the start, which training does not change: use a metric of probe/"
     if why is not None:
         raise UserFault(f"training.early_stopping.metric: for {name!r} this run has {why}.", code="unknown_metric")
     try:
@@ -42,31 +44,33 @@ def refuse_blind(training: Training, module: nn.Module, data: Data, plan: Plan) 
         raise UserFault(f"training.early_stopping.metric: {error}", code="unknown_metric") from error
 
 
-def judge(numbers: Mapping[str, float], state: State, training: Training, kind: str) -> bool:
+def judge(state: State, training: Training, kind: str) -> bool:
     """Say whether this is the best so far, by the metric of early stopping or else by what validation gives.
 
-    What is best, how long nothing was better, and that this ends the run is noted in `state`.
+    An epoch that told nothing new of it counts neither way. What is best, how long nothing was better, and that this
+    ends the run is noted in `state`.
 
     Raises:
         UserFault: early stopping looks at a metric that this run does not have.
     """
-    wanted = training.early_stopping
-    known = {**state.metrics, **numbers}
+    wanted, told = training.early_stopping, state.told
+    state.told = []
     if wanted is not None:
         name, least = wanted.metric, wanted.min_delta
-        due = not name.startswith("probe/") or any(other.startswith("probe/") for other in numbers)
-        if name not in known and due:
+        due = not name.startswith("probe/") or any(other.startswith("probe/") for other in told)
+        if name not in state.metrics and due:
             raise UserFault(
-                f"training.early_stopping.metric: this run has no {name!r}; it has {', '.join(sorted(known))}.",
+                f"training.early_stopping.metric: this run has no {name!r}; it has {', '.join(sorted(state.metrics))}.",
                 code="unknown_metric",
             )
     elif kind == "finetune":
-        name, least = next((n for n in ("validation/accuracy", "validation/loss") if n in numbers), ""), 0.0
+        name, least = next((n for n in ("validation/accuracy", "validation/loss") if n in told), ""), 0.0
     else:
         return False
-    value = numbers.get(name, None if name.startswith(("probe/", "validation/")) else state.metrics.get(name))
-    if value is None:
+    if name not in told:
         return False
+    found = state.metrics[name]
+    value = math.nan if found is None else found
     before = state.best["value"] if state.best is not None else None
     gain = math.inf if before is None else (before - value if falls(name) else value - before)
     better = gain > least if before is not None else math.isfinite(value)

@@ -55,7 +55,7 @@ class EarlyStopping(Strict):
     """End when a validation metric no longer improves; the best weights are restored."""
 
     metric: str = "validation/loss"
-    patience: int = Field(default=5, ge=1, description="Validations without improvement before the end.")
+    patience: int = Field(default=5, ge=1, description="How often it is measured without improvement before the end.")
     min_delta: float = Field(default=0.0, ge=0)
 
 

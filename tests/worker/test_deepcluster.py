@@ -157,6 +157,26 @@ def test_labels_are_told_about_and_never_trained_on(tmp_path: Path) -> None:
     assert sets.weights_sha256(orders[0]) == sets.weights_sha256(orders[1])
 
 
+def test_waiting_for_a_better_nmi_is_waiting_for_other_clusters(digits: DatasetFacts, tmp_path: Path) -> None:
+    stopping = {"metric": "train/nmi", "patience": 2, "min_delta": 1.0}  # the first clusters stay the best ones
+    training = {"epochs": 12, "batch_size": 40, "early_stopping": stopping}
+    spec = sets.spec("deepcluster", params={"reassign_every": 2}, training=training)
+    heard, last = sets.finished(sets.order(spec, digits, tmp_path))
+    result = last.result or {}
+    assert (result["ended_by"], result["steps"]) == ("early_stopping", 20)
+    told = {(step - 1) // 4 for name, step, _ in heard.metrics() if name == "train/nmi"}
+    assert told == {0, 2, 4}, "the epochs that begin with other clusters"
+    assert (last.best or {})["step"] == 4
+
+
+def test_clusters_of_pixels_which_never_change_stop_no_run(digits: DatasetFacts, tmp_path: Path) -> None:
+    training = {"early_stopping": {"metric": "train/purity"}}
+    order = sets.order(sets.spec("deepcluster", params={"cluster_on": "pixels"}, training=training), digits, tmp_path)
+    _, last = sets.failed(order)
+    assert last.error.code == "unknown_metric"
+    assert "which training does not change" in last.error.message
+
+
 @pytest.mark.parametrize(
     ("params", "code"),
     [({"clusters": 161}, "too_many_clusters"), ({"head": "centroids", "cluster_on": "pixels"}, "head_of_pixels")],

@@ -188,6 +188,15 @@ def test_a_loss_that_is_a_sum_of_opposed_ones_is_refused_before_the_first_step(t
     assert not [call for call in module.calls if call.startswith("forward")]
 
 
+def test_what_training_does_not_change_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    module = Recording()
+    module.fixed_numbers = ("purity",)  # type: ignore[assignment]
+    training = Training(epochs=2, batch_size=4, early_stopping=EarlyStopping(metric="train/purity"))
+    with pytest.raises(UserFault, match="which training does not change"):
+        train(module, training, tmp_path, with_data=data(Rows()))
+    assert not [call for call in module.calls if call.startswith("forward")]
+
+
 class Probed(Recording):
     """What it measures on its features follows a script, probe by probe."""
 

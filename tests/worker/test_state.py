@@ -62,6 +62,15 @@ class Slow(Small):
         return super().forward(batch, progress)
 
 
+class NowAndThen(Small):
+    """It tells how pure its clusters are in the first step of every other epoch, and they get worse."""
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        found = super().forward(batch, progress)
+        new = progress.epoch % 2 == 0 and progress.step % 3 == 0
+        return {**found, "purity": torch.tensor(1 / (2 + progress.epoch))} if new else found
+
+
 NOW = [0.0]
 STOPPING = EarlyStopping(metric="validation/loss", patience=3, min_delta=0.05)
 
@@ -99,6 +108,10 @@ RUNS: dict[str, Run] = {
     "half precision": Run(TRAINING, planned={"precision": "float16", "learning_rate": 0.01}),
     "against the clock": Run(TRAINING.model_copy(update={"max_seconds": 11.0}), Slow),
     "collapsed": Run(TRAINING, Collapsed, {"probe_every": 1}, kind="pretrain"),
+    "told now and then": Run(
+        TRAINING.model_copy(update={"early_stopping": EarlyStopping(metric="train/purity", patience=2)}), NowAndThen,
+        {"log_every": 1},
+    ),
     "halved": Run(TRAINING, planned={"accumulate": 2}, first_plan={"accumulate": 1}),
 }  # fmt: skip
 
@@ -119,6 +132,7 @@ PARTS: dict[str, str] = {
     "plan": "halved",
     "scaler": "half precision",
     **{f"run.{name}": AVERAGED for name in ("step", "best", "waited", "metrics", "ended_by")},
+    "run.told": "told now and then",
     "run.collapse_reported": "collapsed",
     "run.seconds": "against the clock",
 }  # fmt: skip

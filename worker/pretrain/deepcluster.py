@@ -42,7 +42,8 @@ class DeepClusterParams(PretrainParams):
     )
     reassign_every: int | None = Field(
         default=None, ge=1, le=10_000,
-        description="Epochs between clusterings, each with a new nmi; null is 3, or more if that is under 50 steps.",
+        description="Epochs between clusterings, each with a new nmi, which are what patience counts where runs stop "
+        "early by it; null is 3, or more if that is under 50 steps.",
     )  # fmt: skip
     pca_dimension: int = Field(
         default=256, ge=1, le=4096, description="Width, at most, to which whitening reduces what is clustered."
@@ -65,6 +66,7 @@ class DeepCluster(nn.Module):
     def __init__(self, params: DeepClusterParams, backbone: nn.Module, info: Info) -> None:
         super().__init__()
         self.backbone, self._params, self._labelled = backbone, params, info.labelled > 0
+        self.fixed_numbers = NUMBERS if params.cluster_on == "pixels" else ()
         self._white = (1 - torch.tensor(info.mean)) / torch.tensor(info.std)
         count = params.clusters or min(max(info.samples // PER_CLUSTER, 2), MOST)
         if count > info.samples:
@@ -87,11 +89,12 @@ class DeepCluster(nn.Module):
         self.register_buffer("matrix", torch.zeros(wide, narrow))
         self.register_buffer("told", torch.full((len(NUMBERS),), math.nan))
 
-    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002 (the contract's argument)
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         wanted = self.get_buffer("assignment")[batch["index"]]
         logits = self._logits(self.backbone(batch["image"]))
         told = dict(zip(NUMBERS, self.get_buffer("told"), strict=True))
-        shown = NUMBERS if self._labelled else NUMBERS[:1]
+        # Only where they are new: whoever waits for a better one waits for another clustering.
+        shown = (NUMBERS if self._labelled else NUMBERS[:1]) if self._due(progress) else ()
         hit = (logits.argmax(1) == wanted).float().mean()
         return {"loss": F.cross_entropy(logits, wanted), "hit": hit, **{name: told[name] for name in shown}}
 
