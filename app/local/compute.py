@@ -1,6 +1,7 @@
 """What this machine can compute with, seen from outside: torch is asked in a process of its own, never imported."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 _PROBE = """
 import json, torch, torchvision
+from worker.parts import machine
 cuda = torch.cuda.is_available()
 print(json.dumps({
     "capability": torch.backends.cpu.get_cpu_capability(),
@@ -21,6 +23,7 @@ print(json.dumps({
     "threads": torch.get_num_threads(),
     "gpus": [torch.cuda.get_device_properties(i).name for i in range(torch.cuda.device_count())] if cuda else [],
     "gpu_bf16": bool(cuda and torch.cuda.is_bf16_supported(including_emulation=False)),
+    "fingerprints": {device: machine.fingerprint(device) for device in ("cpu", *(["cuda"] if cuda else []))},
 }))
 """
 
@@ -41,6 +44,7 @@ def wanted_torch() -> str | None:
     return None
 
 
+@functools.cache
 def probe() -> dict[str, Any] | str:
     """Import torch and torchvision in a fresh process and give what it sees, or the last line of what went wrong."""
     command = [sys.executable, "-c", _PROBE]

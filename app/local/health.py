@@ -107,19 +107,23 @@ def threads() -> Finding:
 
 
 def measured(home: Path) -> Finding:
-    """Say what `auto` goes by: the table, or what `--measure` found here under this torch."""
+    """Say what `auto` goes by: the table, or what `--measure` found on this machine as it is now."""
     try:
         found = json.loads((home / "cache" / "tuning.json").read_bytes())
-        told = {
-            device: (each["date"], each["fingerprint"]["torch"].partition("+")[0]) for device, each in found.items()
-        }
+        told = {device: (each["date"], dict(each["fingerprint"])) for device, each in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         told = {}
-    now = (compute.installed("torch") or "").partition("+")[0]
-    current = [f"{device} on {date}" for device, (date, of) in told.items() if of == now]
+    seen = compute.probe() if told and compute.installed("torch") else {}
+    here = {} if isinstance(seen, str) else seen.get("fingerprints", {})
+    current = [f"{device} on {date}" for device, (date, of) in told.items() if here.get(device) == of]
     if current:
         return Finding("auto", "ok", f"follows what was measured here: {', '.join(current)}")
-    old = f"; what was measured with torch {next(iter(told.values()))[1]} no longer counts" if told else ""
+    old = ""
+    for device, (date, of) in told.items():
+        now = here.get(device, {})
+        others = sorted(key for key in {*of, *now} if of.get(key) != now.get(key))
+        why = f"another {', '.join(others)}" if now else "this device is not to be seen"
+        old += f"; what was measured on {date} for {device} does not count ({why})"
     return Finding("auto", "ok", f"follows the table{old}; `tuneyard doctor --measure` times this machine in 20 s")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.local import compute, health
+from worker.parts import machine
 
 pytestmark = pytest.mark.unit
 
@@ -16,12 +17,30 @@ def write(home: Path, content: str) -> None:
 
 
 def test_the_doctor_says_whether_auto_was_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"torch": "2.15.0+cpu", "processor": "One"}
+    now = {**kept, "bfloat16": True}
     monkeypatch.setattr(compute, "installed", lambda _: "2.15.0")
+    monkeypatch.setattr(compute, "probe", lambda: {"fingerprints": {"cpu": now}})
     assert "follows the table; `tuneyard doctor --measure`" in health.measured(tmp_path).message
-    write(tmp_path, json.dumps({"cpu": {"date": "2026-01-02", "fingerprint": {"torch": "2.15.0+cpu"}, "rows": []}}))
+    write(tmp_path, json.dumps({"cpu": {"date": "2026-01-02", "fingerprint": now, "rows": []}}))
     assert health.measured(tmp_path).message == "follows what was measured here: cpu on 2026-01-02"
-    monkeypatch.setattr(compute, "installed", lambda _: "2.16.0")
-    assert "what was measured with torch 2.15.0 no longer counts" in health.measured(tmp_path).message
+    # The same torch, but a file of before the doctor asked about bfloat16: `auto` does not follow it.
+    write(tmp_path, json.dumps({"cpu": {"date": "2026-01-02", "fingerprint": kept, "rows": []}}))
+    says = "follows the table; what was measured on 2026-01-02 for cpu does not count (another bfloat16); "
+    assert health.measured(tmp_path).message.startswith(says)
+    monkeypatch.setattr(
+        compute, "probe", lambda: {"fingerprints": {"cpu": {**now, "torch": "2.16.0", "processor": "B"}}}
+    )
+    assert "(another bfloat16, processor, torch)" in health.measured(tmp_path).message
+    monkeypatch.setattr(compute, "probe", lambda: "no module named torch")
+    assert "for cpu does not count (this device is not to be seen)" in health.measured(tmp_path).message
+
+
+def test_what_the_doctor_compares_is_what_auto_compares() -> None:
+    compute.probe.cache_clear()
+    seen = compute.probe()
+    assert isinstance(seen, dict), seen
+    assert seen["fingerprints"]["cpu"] == machine.fingerprint("cpu")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"cpu": {}}', '{"cpu": []}', '{"cpu": null}'])
