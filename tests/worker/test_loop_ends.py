@@ -242,6 +242,16 @@ def test_the_numbers_of_a_pretrained_model_are_those_of_the_weights_that_are_kep
     assert result.metrics["probe/elbo"] == -2.0
 
 
+def test_weights_that_are_kept_are_probed_where_their_epoch_was_not(tmp_path: Path) -> None:
+    training = Training(epochs=6, batch_size=4, early_stopping=EarlyStopping(metric="train/loss"))
+    heard = Heard(lambda message: "stop" if isinstance(message, Saved) and message.step == 3 else None)
+    given, made = replace(data(Rows()), probe=whole(Rows())), plan(training, probe_every=4)
+    result, _ = train(Small(), training, tmp_path, heard=heard, with_data=given, made=made, kind="pretrain")
+    assert (result.outcome, result.step, (result.best or {})["step"]) == ("stopped", 3, 3)
+    assert "probe/knn_accuracy" not in {name for name, _, _ in heard.metrics()}
+    assert "probe/knn_accuracy" in result.metrics
+
+
 def test_an_unknown_probe_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserFault, match="no 'probe/knn_5_accuracy'; it has probe/alignment, probe/effective_rank"):
         pretrained(Probed("alignment", [0.1]), "probe/knn_5_accuracy", tmp_path)
