@@ -46,6 +46,7 @@ def run(
     assert trainer.stdout is not None
     view = LocalRun(spec.stem)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(trainer.stdout)
         board = None if as_json else stack.enter_context(JobBoard(output.console))
         signal.signal(signal.SIGINT, lambda *_: trainer.send_signal(signal.SIGINT))
         signal.signal(signal.SIGTERM, lambda *_: trainer.terminate())

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from app.cli import application
 from app.domain.errors import UserFault
 from tests.worker import models, sets
 from worker.trainer import local
@@ -36,7 +38,7 @@ def run(
         "cpu",
         *more,
     ]
-    code = local.run(arguments([*given, *more]))
+    code = local.run(arguments(given))
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (code, said[-1]["type"]) in ((0, "finished"), (1, "failed"))
     return said
@@ -156,3 +158,18 @@ def test_what_a_killed_run_left_is_not_taken_for_this_ones(tmp_path: Path, capsy
     run(sets.spec(training={"steps": 1}), "builtin:digits", tmp_path, capsys)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "out" / "children").exists()
+
+
+def test_the_command_finds_what_was_decoded_before_in_the_homes_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, home = sets.spec(training={"steps": 1}), tmp_path / "home"
+    before = run(spec, "builtin:digits", tmp_path, capsys, "--cache", str(home / "cache"))
+    given = ["run", str(tmp_path / "spec.json"), "--data", "builtin:digits", "--home", str(home), "--json"]
+    done = CliRunner().invoke(application, [*given, "--out", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
+    after = [json.loads(line) for line in done.output.splitlines()]
+    first, second = ({each["code"] for each in said if each["type"] == "event"} for said in (before, after))
+    assert first & {"data.decoded", "data.cached"} == {"data.decoded"}
+    assert second & {"data.decoded", "data.cached"} == {"data.cached"}
+    assert not (tmp_path / "again" / ".cache").exists()
