@@ -42,7 +42,7 @@ test: setup  ## every test but the long ones
 test-long: setup  ## the long tests
 	$(RUN)/python -m pytest -m long
 
-bench: setup  ## measure against the other way (ONLY=name,name DATA=folder PAIRS=3 OUT=file; cifar_85 only if asked: ONLY=cifar_85 PAIRS=1 BUDGET=1850)
+bench: setup  ## measure against the other way (ONLY=name,name DATA=folder PAIRS=3 OUT=file; cifar_85 only if asked: ONLY=cifar_85 DATA=folder PAIRS=1 BUDGET=1850)
 	VIRTUAL_ENV=.venv $(UV) pip install --quiet --require-hashes --no-deps -r tests/benchmarks/requirements.txt
 	$(RUN)/python -m tests.benchmarks --out $(or $(OUT),build/bench.json) --pairs $(PAIRS) $(if $(BUDGET),--budget $(BUDGET)) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
 

@@ -9,7 +9,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.benchmarks import table
-from tests.benchmarks.pairs import BUDGET, Bench, Numbers, Workload
+from tests.benchmarks.pairs import BUDGET, Bench, Numbers, Workload, picture_folder
 from tests.benchmarks.workloads import WORKLOADS
 
 
@@ -45,13 +44,13 @@ def chosen(only: str | None, *, pictures: bool = True) -> list[Workload]:
         SystemExit: a name is not known; the message lists those that are. Or one needs pictures.
     """
     if not only:
-        return [each for each in WORKLOADS if not each.only_if_asked and (pictures or each.compare != "quality")]
+        return [each for each in WORKLOADS if not each.only_if_asked and (pictures or not each.real_pictures)]
     names, known = only.split(","), {each.name: each for each in WORKLOADS}
     meant = {name: [known[name]] if name in known else _beginning(name) for name in names}
     if unknown := [name for name, found in meant.items() if not found]:
         raise SystemExit(f"There is no workload {', '.join(unknown)}; there are: {', '.join(known)}.")
     wanted = list({each.name: each for found in meant.values() for each in found}.values())
-    if senseless := [each.name for each in wanted if each.compare == "quality" and not pictures]:
+    if senseless := [each.name for each in wanted if each.real_pictures and not pictures]:
         raise SystemExit(f"{', '.join(senseless)}: accuracies need real pictures; give a folder with --data (DATA=…).")
     return wanted
 
@@ -77,14 +76,14 @@ def measure(
             found = []
             try:
                 for pair in each.run(bench):
-                    senseless = each.quality == "accuracy" and not pictures
-                    found.append(replace(pair, quality=None) if senseless else pair)
+                    found.append(pair)
                     progress.advance(task)
             except Exception as error:
                 failed.append((each.name, f"{type(error).__name__}: {error}"))
                 progress.console.print(f"{each.name} failed: {error}", markup=False)
             if found:
-                rows = table.compared([*rows, table.line(each, found, time.monotonic() - began, options=options)])
+                row = table.line(each, found, time.monotonic() - began, options=options, pictures=pictures)
+                rows = table.compared([*rows, row])
                 table.write(rows, out)
             progress.update(task, total=len(found), completed=len(found))
             progress.advance(everything)
@@ -102,7 +101,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
     parser.add_argument("--only", help="names of workloads, or how several begin, comma separated")
-    parser.add_argument("--data", type=Path, help="an image folder with train/ and test/")
+    parser.add_argument("--data", type=picture_folder, help="an image folder with train/ and test/")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for the other side of cifar_85")
     given = parser.parse_args()

@@ -56,7 +56,9 @@ def _measure(asked: Numbers) -> Numbers:
     points = _points(asked["points"], draws)
     start = points[torch.randperm(POINTS, generator=draws)[:CLUSTERS]].clone()
     there = points.to(device)
-    ours(there[:5000], CLUSTERS, generator=draws, iterations=1, start=start.to(device))  # warm
+    few = there[:5000]  # both are warmed up
+    ours(few, CLUSTERS, generator=draws, iterations=1, start=start.to(device))
+    theirs(CLUSTERS, init=start.numpy(), n_init=1, max_iter=1).fit(few.cpu().numpy())
     begun = time.perf_counter()
     mine = ours(there, CLUSTERS, generator=draws, iterations=ITERATIONS, tolerance=0.0, start=start.to(device))
     between = time.perf_counter()

@@ -1,5 +1,6 @@
 """What a line of the table is: a function that runs pairs, both sides in turn, and what their ratio means."""
 
+import argparse
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ class Bench:
         """Give a folder with the first so many pictures of each split, the same from every class.
 
         The test pictures lie under `evaluated_as`; `validation` has our side look at them after every epoch.
+
+        Raises:
+            ValueError: a class has too few; the message names its folder.
         """
         folder = self.work / f"part-{train}-{test}-{evaluated_as}"
         if not folder.exists():
@@ -39,9 +43,15 @@ class Bench:
             shutil.rmtree(half, ignore_errors=True)
             for split, name, count in (("train", "train", train), ("test", evaluated_as, test)):
                 classes = sorted(one for one in (self.folder / split).iterdir() if one.is_dir())
+                wanted = count // max(len(classes), 1)
                 for each in classes if count else []:
+                    files = sorted(each.iterdir())[:wanted]
+                    if len(files) < wanted:
+                        raise ValueError(
+                            f"{each} has {len(files)} pictures, and this line needs {wanted} of each class"
+                        )
                     (half / name / each.name).mkdir(parents=True)
-                    for file in sorted(each.iterdir())[: count // len(classes)]:
+                    for file in files:
                         shutil.copyfile(file, half / name / each.name / file.name)
             half.rename(folder)
         return folder
@@ -49,6 +59,26 @@ class Bench:
     def samples(self, split: str = "train") -> int:
         """Count the pictures of a split."""
         return sum(len(os.listdir(each)) for each in (self.folder / split).iterdir())
+
+
+def picture_folder(given: str) -> Path:
+    """Read an argument: an image folder whose `train/` and `test/` hold the same folders, one for each class.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none; the message says what is missing.
+    """
+    folder = Path(given)
+    found = []
+    for split in ("train", "test"):
+        place = folder / split
+        found.append({each.name for each in place.iterdir() if each.is_dir()} if place.is_dir() else set[str]())
+        if not found[-1]:
+            raise argparse.ArgumentTypeError(f"{place} is no folder with a folder of pictures for each class.")
+    if found[0] != found[1]:
+        raise argparse.ArgumentTypeError(
+            f"train/ and test/ of {folder} differ in their classes: {', '.join(sorted(found[0] ^ found[1]))}."
+        )
+    return folder
 
 
 @dataclass(frozen=True)
@@ -73,6 +103,8 @@ class Workload:
     quality
         What the pairs' `quality` is: an accuracy, of which ours may be half a point below, or a loss, of which it may
         be a hundredth above; spread over seeds aside. Speed alone meets no goal.
+    real_pictures
+        It says nothing at all of pictures drawn at random.
     as_good_as
         The workload that compares the quality of what is only timed here. Where it is in the same run, both have to
         meet their goals; where it is not, no goal is met, and the line says that it is fast enough.
@@ -88,6 +120,7 @@ class Workload:
     quality: Quality = "accuracy"
     help: str = ""
     as_good_as: str | None = None
+    real_pictures: bool = False
 
     def ratio(self, pair: Pair) -> float:
         """Give the ratio in the direction of the goal."""
@@ -111,6 +144,7 @@ def workload(
     only_if_asked: bool = False,
     quality: Quality = "accuracy",
     as_good_as: str | None = None,
+    real_pictures: bool = False,
     **limits: float,
 ) -> Callable[[Callable[[Bench], Pair | Iterator[Pair]]], Callable[[Bench], Any]]:
     """Enter a function into the table: one that runs one pair for a seed, or one that yields all its pairs."""
@@ -125,8 +159,11 @@ def workload(
                 yield found
 
         said = (run.__doc__ or "").strip().split("\n")[0]
+        real = real_pictures or compare == "quality"
         WORKLOADS.append(
-            Workload(name, unit, goal, compare, pairs, only_if_asked, tuple(limits.items()), quality, said, as_good_as)
+            Workload(
+                name, unit, goal, compare, pairs, only_if_asked, tuple(limits.items()), quality, said, as_good_as, real
+            )
         )
         return run
 

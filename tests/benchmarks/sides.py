@@ -30,7 +30,7 @@ def ours(
             "spec": spec, "folder": str(folder), "out": out, "cache": str(cache or bench.cache), "threads": THREADS,
             "ingested": str(bench.work / "ingested"), "model": str(model) if model else None,
         }  # fmt: skip
-        lines = run("ours", asked)
+        lines = run("ours", asked, timeout=600.0 + bench.budget)
         if keep is not None:
             shutil.copytree(Path(out) / "model", keep, dirs_exist_ok=True)
     return _summary(lines, warmup)

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ _COLOURS = {True: "green", False: "red", None: "yellow"}
 POINTS_BELOW, LOSS_ABOVE = 0.5, 0.01  # what ours may be worse where speed is compared; hundredths, and a part
 
 
-def line(workload: Workload, found: Sequence[Pair], seconds: float, *, options: str = "") -> Numbers:
-    """Sum up the pairs of a workload; `options` is what `make bench` was given beside its name."""
+def line(
+    workload: Workload, found: Sequence[Pair], seconds: float, *, options: str = "", pictures: bool = True
+) -> Numbers:
+    """Sum up the pairs of a workload; `options` is what `make bench` was given beside its name.
+
+    Without real `pictures` no accuracy is kept, and a goal that asks for one is not met.
+    """
     ratios = [workload.ratio(pair) for pair in found]
     qualities = [pair.quality for pair in found if pair.quality is not None]
+    if senseless := bool(qualities) and workload.quality == "accuracy" and not pictures:
+        qualities, found = [], [replace(pair, quality=None) for pair in found]
     row: Numbers = {
         "name": workload.name,
         "ours": statistics.median(pair.ours for pair in found),
@@ -42,6 +50,8 @@ def line(workload: Workload, found: Sequence[Pair], seconds: float, *, options: 
     if workload.compare == "quality":
         row["goal"] = {"most_points_below": workload.goal}
     row["met"] = _met(workload, row, found)
+    if senseless:
+        row |= {"speed_met": row["met"], "met": None if row["met"] else False}
     if workload.as_good_as is not None:
         row |= {"as_good_as": workload.as_good_as, "speed_met": row["met"]}
     return compared([row])[0]
@@ -134,7 +144,7 @@ def _goal(goal: Numbers) -> str:
 
 def _quality(row: Numbers) -> str:
     quality, spread = row["quality"], row.get("quality_spread", {})
-    if not quality and "as_good_as" in row:
+    if not quality and "speed_met" in row:
         return f"{'speed met' if row['speed_met'] else 'too slow'}; quality not compared in this run"
     if not quality:
         return ""

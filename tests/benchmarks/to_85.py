@@ -6,7 +6,7 @@ from tests.benchmarks.sides import naive, ours
 TARGET = 0.85
 
 
-@workload("cifar_85", "s", 10, "time", only_if_asked=True)
+@workload("cifar_85", "s", 10, "time", only_if_asked=True, real_pictures=True)
 def cifar_85(bench: Bench) -> Pair:
     """Seconds to 85 % on CIFAR-10's test pictures, ingest and decoding included; the other side ends at BUDGET."""
     # What our side looks at after every epoch is the validation split: here the test pictures are that.

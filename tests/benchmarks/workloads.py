@@ -115,7 +115,7 @@ def simclr_resnet(bench: Bench) -> Pair:
 @workload("vae_mlp_128", "samples/s", 3, quality="loss")
 def vae(bench: Bench) -> Pair:
     """VAE 784-400-20, batch 128, against the loop of PyTorch's example; quality: nats after 10 epochs."""
-    folder = pictures.grey(bench, 20_000, size=28)
+    folder = pictures.grey(bench, min(bench.samples(), 20_000), size=28)
     spec = {
         "recipe": "vae", "model": {"architecture": "mlp", "hidden": [400], "image_size": 28},
         "training": {"epochs": 10, "batch_size": 128, "learning_rate": 1e-3, "seed": bench.seed,

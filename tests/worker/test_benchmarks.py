@@ -1,5 +1,6 @@
 """The bench measures what it says: the same network on both sides, ratios in the direction of their goals."""
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 
 from tests.benchmarks import __main__ as bench_main
-from tests.benchmarks import ours, pictures, shares, table
+from tests.benchmarks import naive, ours, pictures, shares, sides, table
 from tests.benchmarks.naive import small_vgg
-from tests.benchmarks.pairs import Bench, Compare, Pair, Quality, Workload
+from tests.benchmarks.pairs import Bench, Compare, Pair, Quality, Workload, picture_folder
 from tests.benchmarks.stopwatch import INSIDE, OUTSIDE, REST, Stopwatch
 from tests.benchmarks.workloads import WORKLOADS
 from tests.worker import sets
@@ -45,6 +46,67 @@ def test_a_rate_waits_for_the_gpu_at_both_ends(monkeypatch: pytest.MonkeyPatch) 
 
     pictures._rate(step, 0.0)
     assert told == ["step 0", "step 1", "step 2", "wait", "step 3", "wait"]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Give the clock of the usual way, which jumps by 1,000 s wherever it looks at the test pictures."""
+    now = [0.0]
+
+    def look(*_: Any) -> float:
+        now[0] += 1000.0
+        return 0.5
+
+    monkeypatch.setattr(naive, "evaluate", look)
+    monkeypatch.setattr(naive.time, "perf_counter", lambda: now[0] + time.monotonic())
+    return now
+
+
+@pytest.mark.parametrize(("more", "looks"), [({}, False), ({"target": 0.9}, True), ({"target": 0.4}, True)])
+def test_the_test_pictures_take_the_other_side_time_only_in_a_race_to_an_accuracy(
+    more: dict[str, float], looks: bool, late: list[float], tmp_path: Path
+) -> None:
+    bench_main.random_pictures(tmp_path, per_class=4, classes=2, size=32)
+    found = naive.classification(
+        {"folder": str(tmp_path), "architecture": "resnet18", "image_size": 32, "batch_size": 4, "epochs": 1,
+         "warmup": 1, "evaluate": True, **more}
+    )  # fmt: skip
+    assert late[0] > 0, "it looked"
+    assert found["accuracy"] == 0.5
+    assert (found["seconds"] > 500) is looks
+
+
+def test_the_rate_of_the_other_side_ends_with_its_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 12.0, 14.0])
+    monkeypatch.setattr(naive.time, "perf_counter", lambda: next(times))
+    watch = naive.Clock(warmup=1, seconds=4.0)
+    assert [watch.over(8) for _ in range(3)] == [False, False, True]
+    assert watch.rate == 16 / 4
+
+
+def test_our_rate_and_seconds_are_those_of_training() -> None:
+    """From the first report after the warm-up to the last step; neither ingest, the test nor the export."""
+    plan = {"steps_per_epoch": 4, "batch_size": 10}
+    steps = [
+        line
+        for step in (2, 4, 6, 8)
+        for line in (
+            {"type": "metrics", "at": 20.0 + step, "rows": [["train/loss", step, 1.0 / step]]},
+            {"type": "progress", "phase": "train", "at": 20.5 + step, "step": step},
+        )
+    ]
+    found = sides._summary(
+        [
+            {"type": "begun", "at": 10.0, "before_ingest": 4.0}, {"type": "planned", "at": 12.0, "plan": plan}, *steps,
+            {"type": "progress", "phase": "train", "at": 30.0, "step": 8},
+            {"type": "finished", "at": 50.0, "metrics": {"test/accuracy": 0.75}},
+        ], warmup=3,
+    )  # fmt: skip
+    assert found["samples_per_second"] == pytest.approx(4 * 10 / 4.5), "from step 4 at 24.0 to step 8 at 28.5"
+    assert (found["seconds_to_trained"], found["seconds_from_plan"], found["seconds"]) == (20.0, 38.0, 40.0)
+    assert found["seconds_with_ingest"] == 46.0
+    assert (found["accuracy"], found["last_epoch_loss"]) == (0.75, pytest.approx((1 / 6 + 1 / 8) / 2))
+    assert [(end["seconds"], end["seconds_with_ingest"]) for end in found["epoch_ends"]] == [(14.0, 20.0), (18.0, 24.0)]
 
 
 @pytest.mark.parametrize(("channels", "size", "width"), [(3, 32, 1.0), (3, 32, 0.5), (1, 8, 1.0), (1, 28, 0.25)])
@@ -164,15 +226,17 @@ def test_every_training_that_is_only_timed_names_what_compares_its_quality() -> 
 
 def test_accuracies_of_random_pictures_are_refused() -> None:
     assert not [each for each in bench_main.chosen(None, pictures=False) if each.compare == "quality"]
-    with pytest.raises(SystemExit, match="quality_simclr_small_cnn_32: accuracies need real pictures"):
-        bench_main.chosen("quality_simclr_small_cnn_32,vae_mlp_128", pictures=False)
+    with pytest.raises(SystemExit, match="quality_simclr_small_cnn_32, cifar_85: accuracies need real pictures"):
+        bench_main.chosen("quality_simclr_small_cnn_32,vae_mlp_128,cifar_85", pictures=False)
 
 
 def test_accuracies_of_random_pictures_are_not_kept(tmp_path: Path) -> None:
     wanted = [one("rate", 2, [Pair(300, 100, quality=(0.1, 0.9))])]
     for real in (True, False):
         rows, _ = bench_main.measure(wanted, Bench(tmp_path, tmp_path), tmp_path / "bench.json", pictures=real)
-        assert (rows[0]["met"], rows[0]["quality"] is not None) == (not real, real)
+        assert (rows[0]["met"], rows[0]["quality"] is not None) == (False if real else None, real)
+    shown = next(iter(table.table(rows, [], []).columns[-1].cells))
+    assert shown == "speed met; quality not compared in this run"
 
 
 def test_one_failure_leaves_the_others_running(tmp_path: Path) -> None:
@@ -203,6 +267,18 @@ def test_a_part_has_as_many_pictures_of_every_class(tmp_path: Path) -> None:
     }
     assert bench.part(9, 3, evaluated_as="validation") == part
     assert bench.samples() == 30
+    with pytest.raises(ValueError, match=r"train/class0 has 10 pictures, and this line needs 11 of each class"):
+        bench.part(33)
+
+
+def test_a_folder_without_pictures_is_named_at_once(tmp_path: Path) -> None:
+    bench_main.random_pictures(tmp_path / "all", per_class=5, classes=2, size=8)
+    assert picture_folder(str(tmp_path / "all")) == tmp_path / "all"
+    with pytest.raises(argparse.ArgumentTypeError, match="none/train is no folder with a folder of pictures"):
+        picture_folder(str(tmp_path / "none"))
+    (tmp_path / "all" / "test" / "more").mkdir()
+    with pytest.raises(argparse.ArgumentTypeError, match="differ in their classes: more"):
+        picture_folder(str(tmp_path / "all"))
 
 
 def test_the_beginning_of_names_stands_for_all_of_them() -> None:

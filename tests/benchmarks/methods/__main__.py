@@ -27,7 +27,7 @@ from tests.benchmarks.methods.budget import within_budget
 from tests.benchmarks.methods.cells import PIXELS, REFERENCES, SETTLED, Cell, Results, Set, alone, network_of
 from tests.benchmarks.methods.probes import read_off, settle_norms
 from tests.benchmarks.ours import assembled, facts_of
-from tests.benchmarks.pairs import Bench, Numbers
+from tests.benchmarks.pairs import Bench, Numbers, picture_folder
 from tests.benchmarks.sides import MODEL, THREADS
 from worker import catalogue
 from worker.parts import machine
@@ -125,7 +125,9 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("build/methods.json"))
-    parser.add_argument("--data", type=Path, help="an image folder with train/ and test/; without it the digits")
+    parser.add_argument(
+        "--data", type=picture_folder, help="an image folder with train/ and test/; without it the digits"
+    )
     parser.add_argument("--seconds", type=float, default=15.0, help="of training, for each method and seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", help="names of recipes, comma separated")
