@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,20 @@ def test_decoding_gives_signs_of_life_and_says_how_far_it_is(
     )
     told = [(each.step, each.steps) for each in heard.of(Progress) if each.phase == "decode train"]
     assert told == [(min(done, rows), rows) for done in range(4, rows + 4, 4)]
+
+
+def test_pieces_are_decoded_side_by_side(facts: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, decoded = threading.Barrier(2), encoded.Encoded.decoded
+
+    def meeting(self: encoded.Encoded, row: int, *given: Any) -> torch.Tensor:
+        if row in (0, 3):
+            both.wait(30)  # broken, which fails the test, where one piece only begins when the other is done
+        return decoded(self, row, *given)
+
+    monkeypatch.setattr(images, "CHUNK", 3)
+    monkeypatch.setattr(encoded.Encoded, "decoded", meeting)
+    _, heard = opened(facts, tmp_path, threads=2)
+    assert heard.codes() == ["data.decoded"]
 
 
 def test_streaming_gives_the_same_rows_and_an_event(facts: DatasetFacts, tmp_path: Path) -> None:

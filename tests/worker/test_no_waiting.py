@@ -14,21 +14,26 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from app.domain.datasets import DatasetFacts
 from app.domain.spec import Training
+from tests.worker import sets
 from tests.worker.objectives import CPU, Rows, plan, whole
 from tests.worker.sets import Heard
-from worker import loop
+from worker import catalogue, loop
 from worker.checkpoint import Checkpoints
 from worker.data.images import Images
 from worker.data.policy import on_host
 from worker.data.source import Data, ahead, in_order, part
 from worker.finetune.image_classification import ClassificationParams, Classifier, inputs
-from worker.parts import backbones
+from worker.parts import backbones, optim
+from worker.parts.window import Window
 from worker.recipe import Info, Progress
+from worker.trainer.assembly import assemble
 
 pytestmark = pytest.mark.worker
 SIZE, ROWS, BATCH = 16, 96, 16
 META = torch.device("meta")
+RECIPES, SEMI, NETWORK = catalogue.recipes(), "semi_supervised", {"architecture": "small_cnn", "width": 0.25}
 
 # What needs a number from the device, or a number made on the host, before the host can go on.
 WAITING = {
@@ -42,10 +47,12 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.operations = 0
         self.waiting: list[str] = []
         self.copies: list[bool] = []  # whether nobody waits for it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
         name, given = func.overloadpacket.__name__, dict(kwargs or {})
         by_mask = name.startswith("index") and any(
             isinstance(each, Tensor) and each.dtype == torch.bool
@@ -57,6 +64,24 @@ class Operations(TorchDispatchMode):
         if name == "_to_copy" and to is not None and torch.device(to).type != args[0].device.type:
             self.copies.append(bool(given.get("non_blocking")))
         return func(*args, **given)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Look, at what is not dispatched as well."""
+
+        def noting(name: str) -> Callable[..., Any]:
+            real = getattr(Tensor, name)
+
+            def call(tensor: Tensor, *args: Any, **given: Any) -> Any:
+                self.waiting.append(name)
+                return real(tensor, *args, **given)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch, self:
+            for name in ("tolist", "cpu", "item"):  # `numpy` of a tensor on a device is an error
+                patch.setattr(Tensor, name, noting(name))
+            yield
 
 
 class Watched(Classifier):
@@ -123,20 +148,43 @@ def test_a_step_reads_nothing_from_the_device_and_makes_nothing_for_it(
     given: dict[str, Any], channels: int, tmp_path: Path
 ) -> None:
     seen = Operations()
+    run(given, images(channels), CPU, seen.counted, tmp_path)
+    assert seen.waiting == []
 
-    @contextmanager
-    def counted() -> Iterator[None]:
-        real = Tensor.tolist  # which is not dispatched
 
-        def tolist(self: Tensor) -> Any:
-            seen.waiting.append("tolist")
-            return real(self)
+@pytest.mark.parametrize("recipe", [*sorted(name for name, each in RECIPES.items() if each.kind == "pretrain"), SEMI])
+def test_no_step_of_a_method_reads_anything_from_the_device(
+    recipe: str, digits: DatasetFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step to the last but one, where all that is told at an epoch's end is still to come."""
+    network = {"architecture": "small_vit", "width": 24, "depth": 2, "heads": 3} if recipe == "mae" else NETWORK
+    body = sets.spec(recipe, model=network, training={"epochs": 1, "batch_size": 20})
+    made = assemble(sets.order(body, digits, tmp_path), sets.Heard().reporter)
+    made_plan = made.plan.model_copy(update={"log_every": 1000, "deterministic": False})
+    seen, stack, steps = Operations(), ExitStack(), list[int]()
+    schedule, close_step = optim.Optimizers.schedule, Window.close_step
 
-        with pytest.MonkeyPatch.context() as patch, seen:
-            patch.setattr(Tensor, "tolist", tolist)
-            yield
+    def begins(*given: Any) -> None:
+        steps.append(len(steps))
+        if len(steps) == 2:
+            stack.enter_context(seen.counted())
+        schedule(*given)
 
-    run(given, images(channels), CPU, counted, tmp_path)
+    def ends(window: Window) -> None:
+        close_step(window)
+        if len(steps) == made_plan.steps - 1:
+            stack.close()
+
+    monkeypatch.setattr(optim.Optimizers, "schedule", begins)
+    monkeypatch.setattr(Window, "close_step", ends)
+    heard = Heard()
+    with stack:
+        loop.train(
+            made.objective, made.data, made.spec.training, made_plan, CPU, heard.reporter,
+            Checkpoints(tmp_path, heard.reporter), kind=made.recipe.kind,
+        )  # fmt: skip
+    assert len(steps) == made_plan.steps >= 6
+    assert seen.operations > 100
     assert seen.waiting == []
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.domain.spec import Optimizer
 from worker.parts import optim, schedule
@@ -65,6 +66,30 @@ def test_norms_biases_and_positions_are_not_decayed_and_scales_reach_what_they_n
         "stem.weight": (1.0, 0.5), "stem.bias": (1.0, 0.0), "norm.weight": (1.0, 0.0), "norm.bias": (1.0, 0.0),
         "pos_embedding": (1.0, 0.0), "head.weight": (10.0, 1.0), "head.bias": (10.0, 0.0),
     }  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Writes down what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("sgd", "_fused_sgd_"), ("adam", "_fused_adam_"),
+                                              ("adamw", "_fused_adamw_"), ("muon", "_fused_adamw_")])  # fmt: skip
+def test_a_step_is_one_fused_kernel_per_group(name: Any, kernel: str) -> None:
+    network = Network()
+    optimizer = optim.build(optim.groups(network), Optimizer(name=name))
+    network.loss().backward()
+    with Operations() as seen:
+        optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
+    assert kernel in seen.names
+    assert name == "muon" or "addcmul_" not in seen.names
 
 
 def steps(network: Network, optimizer: optim.Optimizers, count: int) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from tests.waiting import until
 from tests.worker import sets
 from tests.worker.objectives import Hungry
 from tests.worker.partner import MLP, SGD
+from worker.data.images import Images
 from worker.report import Message, Planned, Saved
 from worker.trainer import assembly, devices, ranks, training
 
@@ -168,6 +170,17 @@ def test_what_draws_without_a_generator_is_seeded_on_the_gpu_of_the_job(
         order = sets.order(job(), many, tmp_path, device=name)
         assert devices.choose_device(assembly.read_spec(order.spec)[0], order) == torch.device(name)
     assert chosen == [torch.device("cuda:1")]
+
+
+def test_images_live_on_a_gpu_where_all_splits_together_take_a_quarter_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = SimpleNamespace(total_memory=4 * 1000 * 48)  # a quarter holds a thousand images
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    pixels, labels = torch.zeros(600, 3, 4, 4, dtype=torch.uint8), torch.zeros(600, dtype=torch.int64)
+    train = Images(pixels, labels, 0, (0.5,) * 3, (0.2,) * 3, "key")
+    cuda = torch.device("cuda", 0)
+    assert devices.fits(train, cuda, 1000)
+    assert not devices.fits(train, cuda, 1001), "the training images alone would"
+    assert not devices.fits(train, torch.device("cpu"), 600)
 
 
 @pytest.mark.long

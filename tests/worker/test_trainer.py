@@ -14,6 +14,7 @@ from app.domain.models import ModelConfig
 from tests.worker import sets
 from worker.finetune import image_classification
 from worker.loop import Result
+from worker.parts import machine
 from worker.parts.networks import load_network
 from worker.report import BaseModelInput, Event, Finished, Metrics, Planned, Saved
 from worker.trainer import __main__, assembly, local, process, training
@@ -291,6 +292,7 @@ def test_compiling_reaches_what_is_called(
         return call
 
     monkeypatch.setattr(torch, "compile", compiling)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")  # a compiler, for the plan
     body = sets.spec(params=params, training={"compile": True, "epochs": 1})
     sets.finished(sets.order(body, digits, tmp_path))
     assert compiled

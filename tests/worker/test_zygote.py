@@ -115,6 +115,7 @@ def test_a_trainer_leads_its_own_group_and_sees_no_descriptor_or_variable_but_it
     assert [opened.pop(number) for number in range(3)] == ["/dev/null", log, log]
     (wire_of_its_own,) = opened.values()
     assert wire_of_its_own.startswith("socket:")
+    assert set(said[1]["data"]["environment"]) <= {"PATH", "OPENBLAS_NUM_THREADS", "GIVEN", "LC_CTYPE"}
     assert "GIVEN" in said[1]["data"]["environment"]
     os.killpg(pid, signal.SIGKILL)
     os.killpg(other_pid, signal.SIGKILL)

@@ -38,9 +38,8 @@ def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float) -> tuple[Tensor, Tens
         everyone = distributed.all_gather(own)  # [world * 2 * batch, d]
         logits = own @ everyone.T / temperature  # [2 * batch, world * 2 * batch]
         start = rank * 2 * batch
-        here = torch.arange(2 * batch, device=own.device)
-        logits[here, start + here] = float("-inf")  # an image is not its own neighbour
-        partner = start + (here + batch) % (2 * batch)
+        logits.diagonal(start).fill_(float("-inf"))  # an image is not its own neighbour
+        partner = start + (torch.arange(2 * batch, device=own.device) + batch) % (2 * batch)
         assert logits.shape[1] == world * 2 * batch
         return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
 

@@ -1,6 +1,7 @@
 """One attempt at a job, with a fake trainer that goes wrong on demand: every end leads to the right state."""
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from app.domain.jobs import Status
 from app.store import tables
 from app.store.session import transaction
 from tests.factories import make_job, make_project
-from tests.fakes import digest_after
+from tests.fakes import COMMAND, digest_after
 from tests.waiting import until
 from tests.worker.supervisor.hosting import (
     again,
@@ -26,6 +27,7 @@ from tests.worker.supervisor.hosting import (
 )
 from worker.supervisor.host import Host
 from worker.supervisor.slots import Gpu, Slots
+from worker.supervisor.warm import Warm
 from worker.supervisor.work import work
 
 pytestmark = pytest.mark.worker
@@ -55,10 +57,17 @@ def test_a_job_runs_from_the_claim_to_its_model(host: Host) -> None:
     assert host.blobs.exists(checkpoint.sha256)
 
 
-def test_a_trainer_gets_no_credentials(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TUNEYARD_ADMIN_KEY", "secret")
+def test_a_trainer_gets_no_credentials(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TUNEYARD_ADMIN_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD"):
+        monkeypatch.setenv(name, "secret")
     job_id = submit(host.engine, steps=1)
-    work(host, "poll", internal=False)
+    host.warm = Warm(cache=tmp_path / "cache", command=COMMAND)  # started by who has them
+    try:
+        host.warm.refresh()
+        assert host.warm.ready.wait(60)
+        work(host, "poll", internal=False)
+    finally:
+        host.warm.close()
     (began,) = [event for event in events_of(host.engine, job_id) if event.code == "trainer.began"]
     assert "PATH" in began.data["environment"]
     assert not [name for name in began.data["environment"] if name.startswith(("TUNEYARD", "AWS", "PG"))]
