@@ -112,7 +112,8 @@ def images_of(data: Path | None, work: Path) -> Set:
         images = Set("digits", "builtin:digits", patch=2, labels_per_class=LABELS_OF_DIGITS)
     else:
         folder = data.resolve()
-        part = Bench(folder, work / folder.name).part(TRAIN, TEST)
+        bench = Bench(folder, work / folder.name)
+        part = bench.part(min(TRAIN, bench.samples()), min(TEST, bench.samples("test")))
         images = Set(folder.name, str(part), patch=4, labels_per_class=None)
     facts_of(images.folder, work / "ingested", THREADS)
     return images
