@@ -203,7 +203,7 @@ def _hold(fake: Fake, reporter: Reporter) -> None:
 def _save(order: Order, reporter: Reporter, step: int, state: str, padding: int) -> None:
     path = Path(order.scratch) / f"checkpoint-{step}"
     path.write_text(json.dumps({"step": step, "state": state, "padding": " " * padding}))
-    reporter.send(Saved(file=path.name, step=step, epoch=0, metrics={"train/loss": 1.0 / step}, best=False))
+    reporter.send(Saved(file=path.name, step=step, epoch=0, metrics={"train/loss": 1.0 / step}, best_step=None))
 
 
 def _model(order: Order, state: str) -> MadeModel:

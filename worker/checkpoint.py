@@ -46,6 +46,7 @@ class Checkpoints:
         self._folder, self._report, self._newest = folder, report, newest
         self._kept: list[Path] = []
         self._best: Path | None = None
+        self._best_step: int | None = None
 
     @property
     def newest(self) -> Path | None:
@@ -61,9 +62,11 @@ class Checkpoints:
         return read(self._newest) if self._newest is not None else None
 
     def save(
-        self, contents: Contents, *, step: int, epoch: int, metrics: Mapping[str, float | None], best: bool
+        self, contents: Contents, *, step: int, epoch: int, metrics: Mapping[str, float | None], best_step: int | None
     ) -> None:
-        """Write one, tell the supervisor, and remove those that nobody needs any more.
+        """Write one, tell the supervisor, and remove those that nobody needs any more: not the last two, nor the best.
+
+        The best is the one of `best_step`. Where that step was never saved there is none.
 
         Raises:
             ResourceFault: the disk is full.
@@ -71,10 +74,12 @@ class Checkpoints:
         path = self._folder / f"checkpoint-{step:09d}.safetensors"
         write(path, contents)
         self._newest = self._hold(path)
-        self._report.send(Saved(file=path.name, step=step, epoch=epoch, metrics=dict(metrics), best=best))
+        self._report.send(Saved(file=path.name, step=step, epoch=epoch, metrics=dict(metrics), best_step=best_step))
         # The supervisor may have moved a file away by now, so a missing one is no surprise.
         self._kept = [*(kept for kept in self._kept if kept != path), path]
-        previous, self._best = self._best, path if best else self._best
+        previous, known = self._best, self._best_step
+        if best_step is not None and best_step != known:
+            self._best, self._best_step = (path if best_step == step else None), best_step
         gone = [*self._kept[:-KEEP], *([previous] if previous else [])]
         self._kept = self._kept[-KEEP:]
         for old in gone:

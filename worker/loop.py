@@ -10,6 +10,7 @@ reporter and checkpoints are the run's.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -102,10 +103,10 @@ def train(
         _refuse_damage(module, optimizer, state, training, plan)
         state.seconds = clock.used() if training.max_seconds is not None else None
         contents = pack(state, plan, module, optimizer, average, scaler, window, best_weights)
-        is_best = state.best is not None and state.best["step"] == state.step
+        best_step = state.best["step"] if state.best is not None else None
         with clock.saving():
             epoch = state.step // plan.steps_per_epoch
-            checkpoints.save(contents, step=state.step, epoch=epoch, metrics=state.metrics, best=is_best)
+            checkpoints.save(contents, step=state.step, epoch=epoch, metrics=state.metrics, best_step=best_step)
 
     def ticker(phase: str) -> Ticker:
         return Ticker(report, phase, fraction=state.step / plan.steps)
@@ -248,8 +249,10 @@ def _micro_batches(batch: Batch, size: int, plan: Plan) -> Iterator[Batch]:
     if plan.accumulate == 1:
         yield batch
         return
-    for rows in torch.arange(size).chunk(plan.accumulate):
-        yield {key: value[rows] for key, value in batch.items()}
+    # Slices, which are views: numbers of rows would have to reach the device first, and the host would wait for that.
+    each = math.ceil(size / plan.accumulate)
+    for start in range(0, size, each):
+        yield {key: value[start : start + each] for key, value in batch.items()}
 
 
 @not_training()

@@ -127,7 +127,7 @@ class Saved(Message):
     step: int
     epoch: int
     metrics: dict[str, float | None]
-    best: bool
+    best_step: int | None  # of the best weights so far, this step or an earlier one; None where nothing tells
 
 
 class MadeFile(Message):

@@ -198,7 +198,7 @@ def on_loss(wanted: Wanted, *, losses: int, attempts: int, max_attempts: int, ha
             fault="system", code="crash_loop" if in_a_row else "attempts_exhausted",
             message=f"The worker was lost {losses + 1} times in a row without a newer checkpoint." if in_a_row
             else f"The worker was lost in the last of {max_attempts} attempts.",
-            hint="The job may need more memory than the worker has: try a smaller batch_size, then /retry.",
+            hint="It may need more memory than the worker has: submit it again with a smaller training.batch_size.",
             phase="run",
         )  # fmt: skip
         return Move(status=Status.FAILED, failure=failure, counts_as_loss=True)

@@ -149,7 +149,7 @@ def write_checkpoint(
     step: int,
     epoch: int,
     metrics: tables.Json,
-    best: bool,
+    best_step: int | None,
     bytes: int,
     sha256: str,
 ) -> tables.Checkpoint:
@@ -160,13 +160,13 @@ def write_checkpoint(
     """
     job = hold(session, held)
     checkpoint = checkpoints.insert(
-        session, job, step=step, epoch=epoch, metrics=metrics, best=best, bytes=bytes, sha256=sha256
+        session, job, step=step, epoch=epoch, metrics=metrics, best_step=best_step, bytes=bytes, sha256=sha256
     )
     checkpoints.prune(session, job.id)
     job.losses = 0
     events.append(
         session, job, type="checkpoint", code="checkpoint", message=f"Checkpoint at step {step}.",
-        data={"id": checkpoint.id, "step": step, "epoch": epoch, "bytes": bytes, "best": best},
+        data={"id": checkpoint.id, "step": step, "epoch": epoch, "bytes": bytes, "best": checkpoint.best},
     )  # fmt: skip
     return checkpoint
 

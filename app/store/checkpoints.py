@@ -51,11 +51,14 @@ def insert(
     step: int,
     epoch: int,
     metrics: tables.Json,
-    best: bool,
+    best_step: int | None,
     bytes: int,
     sha256: str,
 ) -> tables.Checkpoint:
-    """Insert a checkpoint of the job's present attempt; one of the same step and attempt gives way to it."""
+    """Insert a checkpoint of the job's present attempt; one of the same step and attempt gives way to it.
+
+    None but that of `best_step` is the best from here on; what was best stays so where nobody knows (None).
+    """
     session.execute(
         delete(tables.Checkpoint).where(
             tables.Checkpoint.job_id == job.id,
@@ -63,11 +66,14 @@ def insert(
             tables.Checkpoint.attempt == job.attempt,
         )
     )
-    if best:
-        session.execute(update(tables.Checkpoint).where(tables.Checkpoint.job_id == job.id).values(best=False))
+    if best_step is not None:
+        others = update(tables.Checkpoint).where(
+            tables.Checkpoint.job_id == job.id, tables.Checkpoint.step != best_step
+        )
+        session.execute(others.values(best=False))
     checkpoint = tables.Checkpoint(
-        id=new_id("ckpt"), job_id=job.id, attempt=job.attempt, step=step, epoch=epoch, metrics=metrics, best=best,
-        bytes=bytes, sha256=sha256,
+        id=new_id("ckpt"), job_id=job.id, attempt=job.attempt, step=step, epoch=epoch, metrics=metrics,
+        best=step == best_step, bytes=bytes, sha256=sha256,
     )  # fmt: skip
     session.add(checkpoint)
     session.flush()

@@ -83,7 +83,7 @@ def test_checkpoints_are_listed_and_downloaded(client: httpx.Client, engine: Eng
         row = session.get_one(tables.Job, job)
         kept = [
             checkpoints.insert(
-                session, row, step=step, epoch=step // 10, metrics={"train/loss": 0.5}, best=step == 10,
+                session, row, step=step, epoch=step // 10, metrics={"train/loss": 0.5}, best_step=10,
                 bytes=stored.bytes, sha256=stored.sha256,
             ).id
             for step in (10, 20)

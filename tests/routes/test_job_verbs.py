@@ -32,7 +32,7 @@ def make_checkpoint(engine: Engine, blobs: Blobs, job_id: str, step: int = 1) ->
     with transaction(engine) as session:
         job = session.get_one(tables.Job, job_id)
         return checkpoints.insert(
-            session, job, step=step, epoch=0, metrics={}, best=False, bytes=stored.bytes, sha256=stored.sha256
+            session, job, step=step, epoch=0, metrics={}, best_step=None, bytes=stored.bytes, sha256=stored.sha256
         ).id
 
 

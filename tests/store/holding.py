@@ -62,9 +62,9 @@ def begin(engine: Engine, held: Held, **more: Any) -> None:
         attempts.begin(session, held, **({"plan": {"threads": 1}, "fingerprint": {"torch": "2"}} | more))
 
 
-def save(engine: Engine, held: Held, blob: Stored, step: int, *, best: bool = False) -> None:
+def save(engine: Engine, held: Held, blob: Stored, step: int, *, best_step: int | None = None) -> None:
     """List a checkpoint."""
     with transaction(engine) as session:
         attempts.write_checkpoint(
-            session, held, step=step, epoch=1, metrics={}, best=best, bytes=blob.bytes, sha256=blob.sha256
+            session, held, step=step, epoch=1, metrics={}, best_step=best_step, bytes=blob.bytes, sha256=blob.sha256
         )

@@ -23,7 +23,7 @@ SYSTEM = Failure(fault="system", code="crash", message="The trainer crashed.", r
 
 
 def _every_write(held: Held, blob: Stored) -> dict[str, Callable[[Session], Any]]:
-    saved: dict[str, Any] = {"epoch": 0, "metrics": {}, "best": False, "bytes": blob.bytes, "sha256": blob.sha256}
+    saved: dict[str, Any] = {"epoch": 0, "metrics": {}, "best_step": None, "bytes": blob.bytes, "sha256": blob.sha256}
     return {
         "heartbeat": lambda session: attempts.heartbeat(session, held, lease_seconds=30),
         "begin": lambda session: attempts.begin(session, held, plan={}, fingerprint={}),
@@ -155,11 +155,22 @@ def test_a_flush_of_metrics_is_one_event_and_the_latest_values(engine: Engine, h
 
 class TestCheckpoints:
     def test_the_last_two_and_the_best_are_kept(self, engine: Engine, held: Held, blob: Stored) -> None:
-        for step, best in ((1, True), (2, True), (3, False), (4, False), (5, False)):
-            save(engine, held, blob, step, best=best)
+        for step, best_step in ((1, 1), (2, 2), (3, 2), (4, 2), (5, None)):
+            save(engine, held, blob, step, best_step=best_step)
         with transaction(engine) as session:
             kept = checkpoints.of_job(session, held.job_id)
             assert [(checkpoint.step, checkpoint.best) for checkpoint in kept] == [(5, False), (4, False), (2, True)]
+
+    def test_what_was_best_until_a_better_step_that_was_not_saved_is_best_no_more(
+        self, engine: Engine, held: Held, blob: Stored
+    ) -> None:
+        for step, best_step in ((3, 3), (9, 6), (12, 6)):
+            save(engine, held, blob, step, best_step=best_step)
+        with transaction(engine) as session:
+            kept = checkpoints.of_job(session, held.job_id)
+            assert [(checkpoint.step, checkpoint.best) for checkpoint in kept] == [(12, False), (9, False)]
+            written = [event for event in events.after(session, held.job_id, 0, 100) if event.type == "checkpoint"]
+        assert [event.data["best"] for event in written] == [True, False, False]
 
     def test_the_newest_is_that_of_the_last_step_whatever_the_clock_says(
         self, engine: Engine, held: Held, blob: Stored, monkeypatch: pytest.MonkeyPatch

@@ -126,7 +126,9 @@ class Lives(RuleBasedStateMachine):
     def checkpoint(self, held: attempts.Held) -> None:
         def step(session: Any) -> None:
             session.merge(tables.Blob(sha256="c" * 64, bytes=1))
-            attempts.write_checkpoint(session, held, step=1, epoch=0, metrics={}, best=False, bytes=1, sha256="c" * 64)
+            attempts.write_checkpoint(
+                session, held, step=1, epoch=0, metrics={}, best_step=None, bytes=1, sha256="c" * 64
+            )
 
         self.write(held, step)
 

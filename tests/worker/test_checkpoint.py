@@ -48,14 +48,18 @@ def test_equal_states_are_equal_files(tmp_path: Path) -> None:
 def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     heard = Heard()
     checkpoints = Checkpoints(tmp_path, heard.reporter)
-    for step in range(1, 7):
-        checkpoints.save(contents(step), step=step, epoch=0, metrics={}, best=step in (1, 3))
-    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == [
-        f"checkpoint-00000000{step}.safetensors" for step in (3, 5, 6)
-    ]
+
+    def kept() -> list[int]:
+        return [int(path.stem.partition("-")[2]) for path in sorted(tmp_path.glob("checkpoint-*"))]
+
+    for step, best_step in enumerate((1, 1, 3, 3, 3, 3), start=1):
+        checkpoints.save(contents(step), step=step, epoch=0, metrics={}, best_step=best_step)
+    assert kept() == [3, 5, 6]
     newest = checkpoints.load()
     assert newest is not None
     assert newest.tensors["model.w"][0, 0] == 6
+    checkpoints.save(contents(9), step=9, epoch=0, metrics={}, best_step=8)
+    assert kept() == [6, 9], "step 8 is the best, and was not saved"
 
 
 def test_a_disk_without_hard_links_keeps_the_newest_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +68,7 @@ def test_a_disk_without_hard_links_keeps_the_newest_too(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(checkpoint.os, "link", refused)
     kept = Checkpoints(tmp_path, Heard().reporter)
-    kept.save(contents(), step=1, epoch=0, metrics={}, best=False)
+    kept.save(contents(), step=1, epoch=0, metrics={}, best_step=None)
     (tmp_path / "checkpoint-000000001.safetensors").unlink()  # the supervisor took it
     found = kept.load()
     assert found is not None
@@ -75,7 +79,7 @@ def test_a_file_that_the_supervisor_took_is_not_missed(tmp_path: Path) -> None:
     heard = Heard(lambda message: (tmp_path / message.file).unlink())  # type: ignore[func-returns-value,attr-defined]
     checkpoints = Checkpoints(tmp_path, heard.reporter)
     for step in range(1, 5):
-        checkpoints.save(contents(step), step=step, epoch=0, metrics={}, best=False)
+        checkpoints.save(contents(step), step=step, epoch=0, metrics={}, best_step=None)
     newest = checkpoints.load()
     assert newest is not None, "a run that must start over in this process still has its last checkpoint"
     assert newest.tensors["model.w"][0, 0] == 4

@@ -60,7 +60,7 @@ def test_a_stop_gives_the_best_weights_so_far(tmp_path: Path) -> None:
     module = Small()
 
     def at_fifth_epoch(message: Any) -> str | None:
-        if isinstance(message, Saved) and message.best:
+        if isinstance(message, Saved) and message.best_step == message.step:
             best[message.step] = {name: value.clone() for name, value in module.state_dict().items()}
         return "stop" if isinstance(message, Saved) and message.step == 16 else None
 
@@ -135,6 +135,12 @@ def test_early_stopping_waits_its_patience_and_restores_the_best(tmp_path: Path)
     assert (result.best["metric"], result.best["step"]) == ("validation/loss", 6)
     assert result.best["value"] == pytest.approx(0.5)
     assert torch.equal(module.linear.weight, module.snapshots[1])
+
+
+def test_a_checkpoint_says_which_step_is_the_best_even_where_that_was_not_saved(tmp_path: Path) -> None:
+    result, heard = train(Scripted([0.9, 0.1, 0.5]), Training(epochs=3, batch_size=4), tmp_path)
+    assert (result.best or {})["step"] == 6
+    assert [(saved.step, saved.best_step) for saved in heard.of(Saved)] == [(3, 3), (9, 6)]
 
 
 def test_without_early_stopping_the_last_weights_are_kept(tmp_path: Path) -> None:

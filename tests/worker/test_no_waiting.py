@@ -118,7 +118,7 @@ def images(channels: int = 3) -> Images:
 
 def run(
     given: dict[str, Any], source: Images, device: torch.device, watch: Callable[[], AbstractContextManager[None]],
-    folder: Path,
+    folder: Path, *, accumulate: int = 1,
 ) -> None:  # fmt: skip
     """Train for six steps of an epoch that reports once, at its end."""
     channels = len(source.mean)
@@ -133,7 +133,9 @@ def run(
     module = Watched(params, backbone, info)
     module.watch, module.stack = watch, ExitStack()
     training = Training(epochs=1, batch_size=BATCH, checkpoint_every=1000, gradient_clip=1.0)
-    made = plan(training, ROWS, device=device.type, deterministic=False, log_every=1000, image_size=SIZE)
+    made = plan(
+        training, ROWS, device=device.type, deterministic=False, log_every=1000, image_size=SIZE, accumulate=accumulate
+    )
     heard = Heard()
     rows = part(source, torch.arange(ROWS))
     data = Data(rows, None, None, inputs(params, info), torch.tensor(source.mean), torch.tensor(source.std))
@@ -190,9 +192,12 @@ def test_no_step_of_a_method_reads_anything_from_the_device(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("given", PARAMS.values(), ids=PARAMS)
-def test_on_a_gpu_torch_sees_no_step_that_waits(given: dict[str, Any], resident: bool, tmp_path: Path) -> None:
+def test_on_a_gpu_torch_sees_no_step_that_waits(
+    given: dict[str, Any], resident: bool, accumulate: int, tmp_path: Path
+) -> None:
     @contextmanager
     def refused() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("error")
@@ -202,7 +207,16 @@ def test_on_a_gpu_torch_sees_no_step_that_waits(given: dict[str, Any], resident:
             torch.cuda.set_sync_debug_mode("default")
 
     cuda = torch.device("cuda", 0)
-    run(given, images().on(cuda) if resident else images(), cuda, refused, tmp_path)
+    run(given, images().on(cuda) if resident else images(), cuda, refused, tmp_path, accumulate=accumulate)
+
+
+def test_micro_batches_are_views_which_wait_for_nothing() -> None:
+    batch = {"image": torch.rand(7, 2), "label": torch.arange(7)}
+    made = plan(Training(batch_size=7), 7, accumulate=3)
+    parts = list(loop._micro_batches(batch, 7, made))
+    assert [each["label"].tolist() for each in parts] == [[0, 1, 2], [3, 4, 5], [6]]
+    for each in parts:
+        assert each["image"].untyped_storage().data_ptr() == batch["image"].untyped_storage().data_ptr()
 
 
 def test_what_a_batch_needs_of_the_host_is_not_waited_for_and_constants_lie_there_already() -> None:

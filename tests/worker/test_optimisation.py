@@ -68,6 +68,19 @@ def test_norms_biases_and_positions_are_not_decayed_and_scales_reach_what_they_n
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_no_gradient_is_held_from_one_step_to_the_next(name: Any) -> None:
+    network = Network()
+    network.stem.weight.data = network.stem.weight.data.to(memory_format=torch.channels_last)
+    optimizer = optim.build(optim.groups(network), Optimizer(name=name))
+    network.loss().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    updated = [parameter for part in optimizer._parts for group in part.param_groups for parameter in group["params"]]
+    assert any(parameter.ndim == 4 or name == "muon" for parameter in updated)
+    assert all(parameter.grad is None for parameter in (*updated, *network.parameters()))
+
+
 class Operations(TorchDispatchMode):
     """Writes down what is computed."""
 

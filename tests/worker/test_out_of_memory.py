@@ -2,9 +2,12 @@
 elsewhere smaller pieces, and no word of it.
 """
 
+import io
+import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -18,7 +21,8 @@ from tests.worker import sets
 from tests.worker.objectives import CPU, Hungry, Rows, data, plan, whole
 from worker import evaluate
 from worker.recipe import Batch, Progress
-from worker.report import Event, Planned, Saved
+from worker.report import Event, Failed, Planned, Saved
+from worker.supervisor.deaths import OUT_OF_MEMORY
 from worker.trainer import assembly, ranks, training
 
 pytestmark = pytest.mark.worker
@@ -264,6 +268,21 @@ def test_what_another_process_could_not_evaluate_is_no_reason_for_smaller_micro_
         fault = ResourceFault("Out of memory.", code="out_of_memory", phase=phase)
         processes._failures = {1: fault.failure("train")}
         assert isinstance(processes.fault(within=0.0), kind)
+
+
+def test_memory_that_ran_out_in_another_process_alone_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first process waits in a collective for ever, all end, and the next attempt takes less."""
+    said = ResourceFault("Out of memory.", code="out_of_memory", phase="train").failure("train").model_dump_json()
+    other = SimpleNamespace(stdout=io.StringIO(f"{said}\n"), wait=lambda: 1, kill=lambda: None)
+    heard, processes = sets.Heard(), object.__new__(ranks._Ranks)
+    processes._over, processes._lost, processes._codes = threading.Event(), threading.Event(), {}
+    processes._failures, processes._reporter, processes._processes = {}, heard.reporter, cast(Any, {1: other})
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(ranks.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        processes._listen(1)
+    (failed,) = heard.of(Failed)
+    assert (failed.error.fault, failed.error.code, failed.error.retryable) == ("system", OUT_OF_MEMORY, True)
 
 
 def test_what_a_failed_step_held_is_free_before_anything_else_is_tried(

@@ -67,6 +67,21 @@ def test_frozen_stages_stand_still_and_the_others_move(recipe: Recipe, digits: D
     assert changed - names, "nothing trained"
 
 
+@pytest.mark.parametrize("name", ["byol", "dino"])
+def test_a_teacher_is_frozen_where_its_student_is(name: str, digits: DatasetFacts, tmp_path: Path) -> None:
+    """At the start it is its student's copy; a norm that stands still in one of them alone would tell them apart."""
+    spec = sets.spec(name, params={"freeze_stages": 2})
+    made = assemble(sets.order(spec, digits, tmp_path), sets.Heard().reporter)
+    objective = cast(Any, made.objective).train()
+    images = torch.rand(8, made.plan.channels, made.plan.image_size, made.plan.image_size)
+    student = objective.projector(objective.backbone(images))
+    assert torch.equal(objective.teacher(images), student)
+    frozen = backbones.stage_modules(objective.teacher[0])[:2]
+    norms = [module for stage in frozen for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all(int(norm.num_batches_tracked or 0) == 0 for norm in norms)
+
+
 def test_every_method_says_how_it_goes_on() -> None:
     assert METHODS
     for recipe in METHODS:

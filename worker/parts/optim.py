@@ -104,6 +104,8 @@ class Optimizers:
         """Forget the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+        for flat in self._flat.values():  # or their memory would be held until the next step has its own
+            flat.grad = None
 
     def reset(self, parameters: Iterable[nn.Parameter]) -> None:
         """Forget the state of some parameters."""

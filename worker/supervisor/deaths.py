@@ -37,7 +37,7 @@ def failure_of_death(verdict: Verdict | None, code: int | None, *, out_of_memory
         name, message = "protocol", "The trainer said something that is no report."
     elif out_of_memory:
         message = "The trainer was killed because the machine ran out of memory."
-        hint = "Try a smaller batch_size, then /retry."
+        hint = "Submit it again with a smaller training.batch_size."
         if losses + 1 >= MAX_CONSECUTIVE_LOSSES:  # though each attempt spared more than the one before
             return Failure(fault="resource", code=OUT_OF_MEMORY, message=message, hint=hint, phase="run")
         name = OUT_OF_MEMORY

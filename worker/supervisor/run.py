@@ -232,8 +232,8 @@ class Run:
             # One commit: a checkpoint is never listed before the metrics that led to it.
             self._outbox.write(session)
             attempts.write_checkpoint(
-                session, self._held, step=saved.step, epoch=saved.epoch, metrics=saved.metrics, best=saved.best,
-                bytes=stored.bytes, sha256=stored.sha256,
+                session, self._held, step=saved.step, epoch=saved.epoch, metrics=saved.metrics,
+                best_step=saved.best_step, bytes=stored.bytes, sha256=stored.sha256,
             )  # fmt: skip
 
         self._lease.write(write)

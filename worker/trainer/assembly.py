@@ -110,7 +110,9 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
         reseed(derive(seed, "objective"))
         objective = recipe.build(params, backbone, info)
     if isinstance(params, PretrainParams):
-        backbones.freeze(backbone, params.freeze_stages)
+        teacher = getattr(objective, "teacher", None)  # its first part is a copy of the backbone (parts/teacher.py)
+        for each in (backbone, *([teacher[0]] if teacher is not None else [])):
+            backbones.freeze(each, params.freeze_stages)
         cast(Any, objective).backbone_learning_rate_scale = params.backbone_learning_rate_scale
     prepare = recipe.inputs(params, info) if recipe.inputs is not None else None
     data = replace(data, prepare=prepare)

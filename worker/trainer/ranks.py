@@ -181,7 +181,8 @@ class _Ranks:
         if not self._over.wait(GRACE_SECONDS):
             fault = self.fault(within=0.0)
             if not isinstance(fault, JobFault):
-                fault = ResourceFault(str(fault), code="out_of_memory")
+                # Not the end: the attempt after it takes less memory.
+                fault = SystemFault(str(fault), code="out_of_memory")
             self._reporter.send(Failed(error=fault.failure("train")))
             for other in self._processes.values():
                 other.kill()

@@ -181,7 +181,7 @@ def checkpointed_job(engine: Engine, blobs: Blobs, *steps: int) -> str:
         stored = make_blob(engine, blobs, f"state of {step}".encode())
         with transaction(engine) as session:
             attempts.write_checkpoint(
-                session, held, step=step, epoch=0, metrics={}, best=False, bytes=stored.bytes, sha256=stored.sha256
+                session, held, step=step, epoch=0, metrics={}, best_step=None, bytes=stored.bytes, sha256=stored.sha256
             )
     return job_id
 
