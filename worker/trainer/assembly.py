@@ -110,7 +110,7 @@ def assemble(order: Order, reporter: Reporter, *, plan: Plan | None = None) -> A
         reseed(derive(seed, "objective"))
         objective = recipe.build(params, backbone, info)
     if isinstance(params, PretrainParams):
-        teacher = getattr(objective, "teacher", None)  # its first part is a copy of the backbone (parts/teacher.py)
+        teacher = getattr(objective, "teacher", None)
         for each in (backbone, *([teacher[0]] if teacher is not None else [])):
             backbones.freeze(each, params.freeze_stages)
         cast(Any, objective).backbone_learning_rate_scale = params.backbone_learning_rate_scale
