@@ -192,7 +192,7 @@ class Objective(Protocol):
                                      backbone's features of the probed rows, [rows, d]
     least_spread                     float: an epoch that ends with a smaller `spread`, which forward gives of the
                                      embeddings that the loss compares (1 where it should be), has collapsed
-    teacher                          nn.Sequential that begins with a copy of the backbone: stages that are frozen in the
+    teacher                          nn.Sequential that begins with a copy of the backbone: stages frozen in the
                                      backbone are frozen in it too
     fixed_numbers                    names of scalars from forward that training does not change, so that no run is
                                      stopped early by them
